@@ -1,0 +1,155 @@
+"""Deltas as values: what one adapter adds to one stored weight.
+
+A delta is a linear map, kept as its factors. Scaling and negating are exact or one IEEE operation; a sum is
+a tuple of deltas, so nothing is folded and nothing rounds. Compatibility is checked once, when a value is
+made; ``dense()`` is the slow truth that everything faster is tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loreg.algebra.rounding import STORAGE_DTYPES, round_to
+from loreg.errors import BadInput, Unsupported
+
+FACTOR_DTYPES = (*STORAGE_DTYPES, torch.float64)
+"""Dtypes that a factor or a dense delta may have; every value of each is a float64 value."""
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FACTOR_DTYPES:
+        raise Unsupported(
+            f"the {name} of a delta has dtype {tensor.dtype}, expected one of "
+            f"{', '.join(map(str, FACTOR_DTYPES))}: convert it first."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadInput(f"the {name} of a delta holds NaN or infinity: the adapter is damaged or diverged.")
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise BadInput(f"the scale of a delta is {scale}, expected a finite number.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """``scale · left @ right``, in the orientation in which the weight is stored.
+
+    ``left`` is (rows, r), ``right`` is (r, cols), r ≥ 1, both finite, on one device, each of a dtype in
+    FACTOR_DTYPES. For a ``torch.nn.Linear`` left is LoRA's B and right its A; for a layer stored (in, out)
+    the caller passes left = Aᵀ and right = Bᵀ. ``scale`` is one IEEE double.
+
+    Raises BadInput for shapes that do not fit or values that are not finite, Unsupported for a dtype.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0] or 0 in left + right:
+            raise BadInput(
+                f"the factors of a delta have shapes {left} and {right}, expected (rows, r) and (r, cols), "
+                f"none of them zero."
+            )
+        if self.left.device != self.right.device:
+            raise BadInput(f"the factors of a delta are on {self.left.device} and {self.right.device}.")
+        _check_values("left factor", self.left)
+        _check_values("right factor", self.right)
+        _check_scale(self.scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the weight that this delta is for."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r: an upper bound of the rank of the product."""
+        return self.left.shape[1]
+
+    def scaled(self, weight: float) -> LowRank:
+        """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
+        return replace(self, scale=float(weight) * float(self.scale))
+
+    def __neg__(self) -> LowRank:
+        return replace(self, scale=-self.scale)
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """The same values on another device."""
+        return replace(self, left=self.left.to(device), right=self.right.to(device))
+
+    def dense(self) -> Tensor:
+        """(rows, cols), float64: the product in float64 arithmetic. The slow truth; not correctly rounded."""
+        return self.scale * (self.left.double() @ self.right.double())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """``scale · value``: a delta with no structure, as of a bias. ``value`` is 1-D or 2-D, finite.
+
+    Raises BadInput for values that are not finite, Unsupported for a dtype outside FACTOR_DTYPES.
+    """
+
+    value: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_values("value", self.value)
+        _check_scale(self.scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this delta is for."""
+        return tuple(self.value.shape)
+
+    def scaled(self, weight: float) -> Dense:
+        """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
+        return replace(self, scale=float(weight) * float(self.scale))
+
+    def __neg__(self) -> Dense:
+        return replace(self, scale=-self.scale)
+
+    def to(self, device: torch.device | str) -> Dense:
+        """The same values on another device."""
+        return replace(self, value=self.value.to(device))
+
+    def dense(self) -> Tensor:
+        """``value``'s shape, float64: scale·value, each element rounded once to float64."""
+        return self.scale * self.value.double()
+
+
+def common_shape(deltas: Sequence[LowRank]) -> tuple[int, int]:
+    """The one shape that all ``deltas`` have; BadInput if there is none, or more than one."""
+    shapes = sorted({delta.shape for delta in deltas})
+    if len(shapes) != 1:
+        found = "no delta" if not shapes else "shapes " + ", ".join(map(str, shapes))
+        raise BadInput(f"deltas that are combined must be for one weight: expected one shape, found {found}.")
+    return shapes[0]
+
+
+def concatenate(deltas: Sequence[LowRank], dtype: torch.dtype) -> LowRank:
+    """The sum of ``deltas`` as one pair of factors of ``dtype`` with scale 1: for serving and export.
+
+    left = [c₁B₁ … cₖBₖ], right = [A₁; …; Aₖ]. This is the one place where a scale is folded into a factor,
+    and it rounds: with u the unit roundoff of ``dtype`` (2⁻⁸ bfloat16, 2⁻¹¹ float16, 2⁻²⁴ float32, 2⁻⁵³
+    float64), an element of left has relative error at most u + 2⁻⁵³(1 + u), one of right at most u (0 where
+    ``dtype`` holds A's dtype). So, where nothing underflows, each element of the product is off by at most
+    (2u + u² + 2⁻⁵²)·Σ|cᵢ||Bᵢ||Aᵢ|. Merging does not pass through here.
+
+    Raises BadInput if shapes differ or a folded value exceeds ``dtype``, Unsupported for another dtype.
+    """
+    common_shape(deltas)
+    if dtype not in FACTOR_DTYPES:
+        raise Unsupported(f"factors cannot be stored as {dtype}: choose one of {FACTOR_DTYPES}.")
+    left = torch.cat([delta.scale * delta.left.double() for delta in deltas], dim=1)
+    right = torch.cat([delta.right.double() for delta in deltas], dim=0)
+    if dtype != torch.float64:
+        left, right = round_to(left, dtype), round_to(right, dtype)
+    return LowRank(left, right)

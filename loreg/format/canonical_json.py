@@ -1,0 +1,116 @@
+"""Canonical JSON: RFC 8785 out, a strict subset of RFC 8259 in.
+
+Two parsers that disagree about a document are a way to make one digest mean two things, so everything on
+which parsers are known to disagree is refused: duplicate keys, integers that a double cannot hold, lone
+surrogates, byte order marks, NaN, and nesting that overflows somebody's stack.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+import rfc8785
+
+from loreg.errors import BadInput
+
+Json = dict[str, Any] | list[Any] | str | int | float | bool | None
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 64
+MAX_INTEGER = 2**53 - 1
+
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def dumps(value: Json) -> bytes:
+    """The canonical form of ``value`` as UTF-8 [J6]. Raises BadInput for what JSON cannot hold exactly."""
+    try:
+        return rfc8785.dumps(value)
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError, RecursionError) as error:
+        raise BadInput(f"A value has no canonical JSON form: {error}.") from error
+
+
+def loads(data: bytes, *, what: str = "JSON document", max_bytes: int = MAX_BYTES) -> Json:
+    """Parse strictly [J1–J5]. ``what`` names the document in errors. Raises BadInput."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise BadInput(f"The {what} is not acceptable JSON: {reason}.")
+
+    if len(data) > max_bytes:  # [J5]
+        refuse(f"it has {len(data):,} bytes, and at most {max_bytes:,} are read")
+    if data.startswith(b"\xef\xbb\xbf"):  # [J1]
+        refuse("it begins with a byte order mark")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:  # [J1]
+        refuse(f"byte {error.start} is not UTF-8")
+    if _depth(data) > MAX_DEPTH:  # [J5]
+        refuse(f"it nests deeper than {MAX_DEPTH} levels")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):  # [J2]; also finds "a" beside "\u0061", as keys arrive unescaped
+            seen: set[str] = set()
+            for key, _ in items:
+                if key in seen:
+                    refuse(f"the key {key!r} occurs twice in one object")
+                seen.add(key)
+        for key in result:
+            if _SURROGATE.search(key):
+                refuse(f"the key {key!r} holds half of a surrogate pair")
+        return result
+
+    def integer(digits: str) -> int:
+        # The length test comes first: int() of a million digits takes minutes.
+        if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:  # [J3]
+            refuse(f"the integer {digits[:24]} does not fit a double exactly")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if value in (float("inf"), float("-inf")):  # [J3]
+            refuse(f"the number {digits[:24]} is larger than a double can hold")
+        return value
+
+    def constant(name: str) -> NoReturn:
+        refuse(f"{name} is not a JSON number")  # [J3]
+
+    try:
+        value: Json = json.loads(
+            text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant
+        )
+    except json.JSONDecodeError as error:
+        refuse(f"{error.msg} at byte {len(text[: error.pos].encode())}")
+    if "\\u" in text and _holds_surrogate(value):  # [J4]: only an escape can smuggle one in
+        refuse("a string holds half of a surrogate pair")
+    return value
+
+
+def loads_canonical(data: bytes, *, what: str = "JSON document") -> Json:
+    """Parse, and require that the bytes are the canonical form of what they say [J6]."""
+    value = loads(data, what=what)
+    if dumps(value) != data:
+        raise BadInput(f"The {what} is not in canonical form (RFC 8785): its digest is not its identity.")
+    return value
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for bracket in _STRINGS.sub(b"", data).translate(None, _NOT_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _holds_surrogate(value: Json) -> bool:
+    if isinstance(value, str):
+        return _SURROGATE.search(value) is not None
+    if isinstance(value, list):
+        return any(_holds_surrogate(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_surrogate(item) for item in value.values())
+    return False

@@ -1,0 +1,187 @@
+"""What a merged model is made of: the recipe, and the record that travels with it as ``loreg.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loreg.digest import Digest
+from loreg.errors import BadInput, UsageError
+from loreg.format import canonical_json
+from loreg.format.fields import Fields
+from loreg.format.fingerprint import BaseTensor, identify
+from loreg.format.reference import format_weight
+from loreg.format.safetensors import nbytes_of
+
+FORMAT = "loreg/1"
+EXACT = "loreg-exact-1"
+"""The arithmetic of weighted sums: the storage value nearest to the exact real number [A1]."""
+
+LAPACK = "float64-lapack"
+"""Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters, whose digest is that of
+their content [R3]."""
+
+ARITHMETICS = (EXACT, "loreg-f64-1", LAPACK)
+METHODS = ("linear", "svd")
+DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class RecipeTerm:
+    """A summand: the digest of an adapter's manifest, and its weight as canonical decimal text [R2]."""
+
+    adapter: Digest
+    weight: str
+
+    @property
+    def value(self) -> float:
+        return float(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge as a value. Recipes of the same sum of the same adapters are the same bytes [R1].
+
+    ``base``: weights_root of what is merged into. ``dtype``: the storage dtype of every floating tensor of
+    the output, or None to keep each tensor's own. ``base_mismatch``: the user overrode the base check.
+    """
+
+    base: Digest
+    terms: tuple[RecipeTerm, ...]
+    method: str = "linear"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    arithmetic: str = EXACT
+    dtype: str | None = None
+    base_mismatch: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        base: Digest,
+        terms: Iterable[tuple[Digest, float]],
+        *,
+        dtype: str | None = None,
+        base_mismatch: bool = False,
+    ) -> Recipe:
+        """A linear recipe: terms in canonical order, those of weight zero left out as they add nothing."""
+        kept = (RecipeTerm(adapter, format_weight(weight)) for adapter, weight in terms if weight != 0)
+        return cls(base, tuple(sorted(kept)), dtype=dtype, base_mismatch=base_mismatch)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kind": "recipe",
+            "base": str(self.base),
+            "terms": [{"adapter": str(term.adapter), "weight": term.weight} for term in self.terms],
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "arithmetic": self.arithmetic,
+            "dtype": self.dtype,
+            "base_mismatch": self.base_mismatch,
+        }
+
+    def dump(self) -> bytes:
+        return canonical_json.dumps(self.to_json())
+
+    @property
+    def digest(self) -> Digest:
+        return Digest.of(self.dump())
+
+    @classmethod
+    def parse(cls, data: bytes) -> Recipe:
+        """From canonical bytes [J6, R1–R4]. Raises BadInput."""
+        return cls.from_fields(Fields(canonical_json.loads_canonical(data, what="recipe"), "recipe"))
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Recipe:
+        with fields as f:
+            f.choice("format", FORMAT)  # [M1]
+            f.choice("kind", "recipe")
+            recipe = cls(
+                base=f.digest("base"),
+                terms=tuple(_term(item) for item in f.items("terms")),
+                method=f.choice("method", *METHODS),  # [R3]
+                parameters=f.raw_object("parameters"),
+                arithmetic=f.choice("arithmetic", *ARITHMETICS),  # [R3]
+                dtype=_dtype(f),
+                base_mismatch=f.flag("base_mismatch"),
+            )
+        if list(recipe.terms) != sorted(recipe.terms):  # [R1]
+            raise BadInput(f"{fields.path}.terms: expected in the order of digest and weight, found another.")
+        if recipe.method == "linear" and recipe.parameters:  # [R3]
+            raise BadInput(f"{fields.path}.parameters: the method 'linear' takes none.")
+        return recipe
+
+
+def _term(fields: Fields) -> RecipeTerm:
+    with fields as f:
+        term = RecipeTerm(f.digest("adapter"), f.text("weight"))
+    try:
+        canonical = format_weight(float(term.weight))
+    except (ValueError, UsageError):
+        canonical = ""
+    if term.weight != canonical or term.value == 0:  # [R2]
+        raise BadInput(
+            f"{fields.path}.weight: expected a finite non-zero decimal in the form of RFC 8785, "
+            f"found {term.weight[:60]!r}."
+        )
+    return term
+
+
+def _dtype(fields: Fields) -> str | None:
+    value = fields.optional_text("dtype")
+    if value is not None and value not in DTYPES:  # [R4]
+        fields.refuse("dtype", f"null or one of {', '.join(DTYPES)}", value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRecord:
+    """``loreg.json`` of a merged model: the recipe, and every tensor of the output with its digest [G1].
+
+    A function of (base, recipe) alone: no time, no path, no host.
+    """
+
+    recipe: Recipe
+    weights_root: Digest
+    tensors: tuple[BaseTensor, ...]
+
+    def dump(self) -> bytes:
+        return canonical_json.dumps(
+            {
+                "format": FORMAT,
+                "kind": "merge",
+                "recipe": self.recipe.to_json(),
+                "weights_root": str(self.weights_root),
+                "tensors": tensors_to_json(self.tensors),
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> MergeRecord:
+        """From canonical bytes. Raises BadInput, also if the root does not follow from the tensors [G1]."""
+        with Fields(canonical_json.loads_canonical(data, what="loreg.json"), "loreg.json") as f:
+            f.choice("format", FORMAT)
+            f.choice("kind", "merge")
+            record = cls(Recipe.from_fields(f.object("recipe")), f.digest("weights_root"), tensors_from(f))
+        if identify(record.tensors).weights_root != record.weights_root:
+            raise BadInput("loreg.json: weights_root does not follow from the tensors it lists.")
+        return record
+
+
+def tensors_to_json(tensors: Iterable[BaseTensor]) -> dict[str, Any]:
+    return {
+        tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "digest": str(tensor.content)}
+        for tensor in tensors
+    }
+
+
+def tensors_from(fields: Fields) -> tuple[BaseTensor, ...]:
+    """The field ``tensors`` of a base or a merge, in the order of name bytes [B6]."""
+    tensors = []
+    for name, entry in fields.mapping("tensors"):
+        with entry as f:
+            dtype, shape, content = f.text("dtype"), f.shape("shape"), f.digest("digest")
+        tensors.append(BaseTensor(name, dtype, shape, nbytes_of(dtype, shape), content))
+    return tuple(sorted(tensors, key=lambda tensor: tensor.name.encode("utf-8")))

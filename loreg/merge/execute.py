@@ -1,0 +1,194 @@
+"""Running a plan: shard by shard, untouched ranges by the kernel, touched tensors tile by tile.
+
+Memory is one tile of W, one of W', and the factors of one tensor; never a tensor, a shard or the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from math import prod
+from pathlib import Path
+
+import torch
+
+from loreg.algebra.delta import Dense
+from loreg.algebra.edits import WeightedSum
+from loreg.checkpoint import Advance, StoredTensor, open_binary, read_exactly
+from loreg.digest import Digest, Hasher
+from loreg.errors import BadInput, CheckFailed
+from loreg.format.safetensors import Header, TensorInfo
+from loreg.merge.inputs import BlobReader
+from loreg.merge.plan import Action, MergePlan, OutputShard, OutputTensor
+from loreg.tensors import from_buffer, to_memory, torch_dtype
+
+TILE_ELEMENTS = 1 << 20
+_COPY_CHUNK = 64 << 20
+_BUFFER = 4 << 20
+# copy_file_range is refused across some file systems, and by some of them: then the bytes pass through us.
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+
+
+def execute(plan: MergePlan, folder: Path, *, device: torch.device, advance: Advance) -> dict[str, Digest]:
+    """Write every shard into ``folder``, each flushed to the disk. Returns the content digests of what changed.
+
+    ``advance`` is told the bytes written. Raises BadInput if an input is unreadable or not what was planned,
+    or an element cannot be merged; CheckFailed if the disk is full or fails.
+    """
+    expected = {tensor.name: tensor.content for tensor in plan.base_manifest.tensors}
+    digests: dict[str, Digest] = {}
+    for shard in plan.shards:
+        with writing(folder / shard.name, shard.header) as output:
+            for action, group in groupby(shard.tensors, key=lambda tensor: tensor.action):
+                tensors = list(group)
+                if action is Action.COPY:
+                    _copy(tensors, shard, output, advance)
+                    continue
+                for tensor in tensors:
+                    write = _replace if action is Action.REPLACE else _Computation(expected, device).write
+                    digests[tensor.info.name] = write(tensor, shard, output, advance)
+    return digests
+
+
+@contextmanager
+def writing(path: Path, header: Header) -> Iterator[int]:
+    """A new file of its final size with ``header`` in it, as a descriptor; flushed to the disk on success."""
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.posix_fallocate(descriptor, 0, header.file_size)
+        write_exactly(descriptor, memoryview(header.raw), 0)
+        yield descriptor
+        os.fsync(descriptor)
+    except OSError as error:
+        raise CheckFailed(
+            f"{path} cannot be written: {error.strerror}; free some space, or check the disk."
+        ) from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _copy(tensors: list[OutputTensor], shard: OutputShard, output: int, advance: Advance) -> None:
+    """A run of untouched tensors, in as few ranges as their places in the base allow."""
+    ranges: list[tuple[Path, int, int, int]] = []
+    for tensor in tensors:
+        if tensor.stored is None:
+            raise BadInput(f"{tensor.info.name!r} is to be copied from a base that does not have it.")
+        source, target = tensor.stored.offset, shard.header.data_start + tensor.info.start
+        if ranges:
+            path, begin, end, to = ranges[-1]
+            if (path, end, to + end - begin) == (tensor.stored.shard.path, source, target):
+                ranges[-1] = (path, begin, source + tensor.info.nbytes, to)
+                continue
+        ranges.append((tensor.stored.shard.path, source, source + tensor.info.nbytes, target))
+    for path, begin, end, to in ranges:
+        copy_range(path, begin, end - begin, output, to, advance)
+
+
+def copy_range(path: Path, offset: int, length: int, output: int, target: int, advance: Advance) -> None:
+    """``length`` bytes from ``offset`` of ``path`` to ``target`` of ``output``, inside the kernel if it can."""
+    with open_binary(path) as file:
+        done, kernel = 0, True
+        buffer = memoryview(bytearray(0))
+        while done < length:
+            if kernel:
+                wanted = min(_COPY_CHUNK, length - done)
+                try:
+                    count = os.copy_file_range(file.fileno(), output, wanted, offset + done, target + done)
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise
+                    kernel, buffer = False, memoryview(bytearray(_BUFFER))
+                    continue
+                if count == 0:
+                    raise BadInput(f"{path} is truncated: expected {length:,} bytes at {offset:,}, found {done:,}.")
+            else:
+                piece = buffer[: min(len(buffer), length - done)]
+                read_exactly(file.fileno(), piece, offset + done, path)
+                write_exactly(output, piece, target + done)
+                count = len(piece)
+            done += count
+            advance(count)
+
+
+def _replace(tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> Digest:
+    """The bytes of the one adapter's full tensor [A5]."""
+    reader = BlobReader(tensor.edit.full[0].full_file(tensor.info.name))
+    raw = to_memory(reader.tensor("tensor"))
+    if len(raw) != tensor.info.nbytes:
+        raise BadInput(f"Blob {reader.path.name} holds {len(raw):,} bytes, expected {tensor.info.nbytes:,}.")
+    write_exactly(output, raw, shard.header.data_start + tensor.info.start)
+    advance(len(raw))
+    return Digest.of(raw)
+
+
+def matrix_shape(info: TensorInfo) -> tuple[int, ...]:
+    """(rows, cols) of a matrix, (n,) of anything else: edits of other shapes are elementwise."""
+    return info.shape if len(info.shape) == 2 else (prod(info.shape),)
+
+
+def flattened(edit: WeightedSum, shape: tuple[int, ...]) -> WeightedSum:
+    """The edit with its dense terms in the shape of ``matrix_shape``."""
+    return WeightedSum(edit.low_rank, tuple(Dense(term.value.reshape(shape), term.scale) for term in edit.dense))
+
+
+class _Computation:
+    """Edits one tensor: read a tile, compute it, hash and write it."""
+
+    def __init__(self, expected: dict[str, Digest], device: torch.device) -> None:
+        self._expected = expected
+        self._device = device
+
+    def write(self, tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> Digest:
+        stored, info = tensor.stored, tensor.info
+        if stored is None:
+            raise BadInput(f"{info.name!r} is to be computed from a base that does not have it.")
+        target = torch_dtype(info.dtype, info.name)
+        before, after = Hasher(Hasher.ALL), Hasher(Hasher.ALL)
+        position = shard.header.data_start + info.start
+        try:
+            shape = matrix_shape(info)
+            edit = flattened(tensor.edit.load(stored), shape)
+            prepared = edit.prepare(shape, torch_dtype(stored.info.dtype, info.name), target, self._device)
+            for first, tile, W in _tiles(stored, shape):
+                before.update(tile)
+                # In place where the dtype stays: fresh pages would cost more than the arithmetic.
+                on_device = W.to(self._device)
+                out = on_device if W.dtype == target else torch.empty_like(on_device, dtype=target)
+                prepared.tile(on_device, first, out)
+                raw = to_memory(out.cpu())
+                after.update(raw)
+                write_exactly(output, raw, position)
+                position += len(raw)
+                advance(len(raw))
+        except BadInput as error:
+            raise type(error)(f"Tensor {info.name!r}: {error}") from error
+        if before.digest() != self._expected[info.name]:
+            raise BadInput(
+                f"Tensor {info.name!r} of {stored.shard.path} is not what it was when the base was hashed: the file "
+                "was changed; add the base again."
+            )
+        return after.digest()
+
+
+def _tiles(stored: StoredTensor, shape: tuple[int, ...]) -> Iterator[tuple[int, memoryview, torch.Tensor]]:
+    """Runs of rows of a stored tensor: the first row, the raw bytes, and a CPU tensor over those very bytes."""
+    dtype = torch_dtype(stored.info.dtype, stored.info.name)
+    row = prod(shape[1:]) * dtype.itemsize
+    if not stored.info.nbytes:
+        return
+    first = 0
+    for tile in stored.chunks(max(1, TILE_ELEMENTS * dtype.itemsize // row) * row):
+        count = len(tile) // row
+        yield first, tile, from_buffer(tile, dtype, (count, *shape[1:]))
+        first += count

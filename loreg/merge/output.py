@@ -1,0 +1,118 @@
+"""From a plan to a directory: written beside its place, checked, and renamed into it whole."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loreg.checkpoint import Advance
+from loreg.digest import Digest
+from loreg.errors import CheckFailed
+from loreg.format.fingerprint import BaseTensor, identify
+from loreg.format.recipe import MergeRecord
+from loreg.merge.execute import execute
+from loreg.merge.plan import MergePlan, check_space
+from loreg.merge.verify import Verification
+from loreg.staging import staged, sync_tree
+
+RECORD = "loreg.json"
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """A finished merge. ``seconds``: wall time from the first byte to the rename, verification included.
+
+    ``touched``: the names of the tensors whose bytes may differ from the base's. ``undo_bytes``: the size of
+    the undo journal, None without one.
+    """
+
+    out: Path
+    record: MergeRecord
+    touched: tuple[str, ...]
+    verification: Verification
+    seconds: float
+    peak_rss_bytes: int
+    undo_bytes: int | None = None
+
+    @property
+    def weights_root(self) -> Digest:
+        return self.record.weights_root
+
+    @property
+    def recipe(self) -> Digest:
+        return self.record.recipe.digest
+
+
+def write_merge(
+    plan: MergePlan,
+    out: Path,
+    *,
+    device: torch.device,
+    advance: Advance,
+    verify: Callable[[Path, MergeRecord], Verification],
+) -> MergeResult:
+    """Run ``plan`` and put the result at ``out``, which must not exist or be empty.
+
+    ``verify`` is called on the finished, not yet renamed directory; a verification that fails leaves nothing.
+    Raises Conflict, CheckFailed, BadInput.
+    """
+    began = time.monotonic()
+    with staged(out, plan.recipe.digest) as folder:
+        check_space(plan, folder)
+        digests = execute(plan, folder, device=device, advance=advance)
+        record = _record(plan, digests)
+        _write_side_files(plan, folder, record)
+        plan.base.check_unchanged()
+        verification = verify(folder, record)
+        if not verification.ok:
+            raise CheckFailed(f"The merge was written and does not verify, so it was removed: {verification.reason}.")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    touched = tuple(sorted(tensor.info.name for tensor in plan.changed))
+    return MergeResult(out, record, touched, verification, time.monotonic() - began, peak)
+
+
+def _record(plan: MergePlan, digests: dict[str, Digest]) -> MergeRecord:
+    """The identity of the output, from the base's known tensors and the changed ones: no second read."""
+    base = plan.base_manifest.by_name()
+    tensors = [
+        BaseTensor(
+            tensor.info.name,
+            tensor.info.dtype,
+            tensor.info.shape,
+            tensor.info.nbytes,
+            digests[tensor.info.name] if tensor.info.name in digests else base[tensor.info.name].content,
+        )
+        for tensor in plan.outputs
+    ]
+    tensors.sort(key=lambda tensor: tensor.name.encode("utf-8"))
+    return MergeRecord(plan.recipe, identify(tensors).weights_root, tuple(tensors))
+
+
+def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> None:
+    for relative in plan.base.side_files():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.base.root / relative, target)
+    if plan.recipe.dtype and (folder / "config.json").is_file():
+        _restate_dtype(folder / "config.json", _TORCH_NAMES[plan.recipe.dtype])
+    if plan.index is not None:
+        name, raw = plan.index
+        (folder / name).write_bytes(raw)
+    (folder / RECORD).write_bytes(record.dump())
+    sync_tree(folder)
+
+
+def _restate_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_bytes())
+    for key in {"torch_dtype", "dtype"} & set(config):
+        config[key] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,192 @@
+"""Bases: registering them, finding them again, and the cache that spares hashing them twice."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+from loreg.catalog import Database, queries
+from loreg.catalog.models import BaseRow
+from loreg.checkpoint import Advance, Checkpoint, FileStamp
+from loreg.digest import Digest
+from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.format.base import BaseManifest, BaseReference, HubPin
+from loreg.format.recipe import MergeRecord, Recipe
+from loreg.format.reference import check_name
+from loreg.registry.storage import PendingBlob, Storage, utcnow
+
+
+@dataclass(frozen=True)
+class Base:
+    """A registered base. ``path`` is where its files were last seen, and may be gone."""
+
+    name: str
+    manifest: BaseManifest
+    path: Path | None
+    hub: HubPin | None
+    recipe: Recipe | None = None
+
+    def reference(self) -> BaseReference:
+        """What an adapter's manifest says of it, without ``touched`` [M3]."""
+        return BaseReference(self.name, self.hub, self.manifest.identity, {}, self.recipe)
+
+    def open(self) -> Checkpoint:
+        """Its files. Raises NotFound if they are gone."""
+        if self.path is None or not self.path.exists():
+            place = f"it was at {self.path}" if self.path else "it has no path"
+            raise NotFound(f"The files of base {self.name!r} are gone ({place}): give --base PATH.")
+        return Checkpoint.open(self.path)
+
+
+class LeafCache:
+    """The catalog's memory of hashed files, by device, inode, size and times."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, stamp: FileStamp) -> str | None:
+        with self._database.read() as session:
+            return queries.cached_leaves(session, astuple(stamp))
+
+    def put(self, stamp: FileStamp, leaves: str) -> None:
+        with self._database.write() as session:
+            queries.remember_leaves(session, astuple(stamp), leaves, utcnow())
+
+
+class Bases:
+    """The bases of one registry."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._database = storage.database
+        self.cache = LeafCache(storage.database)
+
+    def add(self, source: str | Path, name: str | None, revision: str | None, advance: Advance) -> Base:
+        """Hash the model at ``source`` (a path, or a Hub id) and register it. See ``Registry.add_base``."""
+        path, hub = _locate(source, revision)
+        checkpoint = Checkpoint.open(path)
+        manifest = checkpoint.manifest(self.cache, advance)
+        identity = manifest.identity
+        chosen = (
+            check_name(name) if name is not None else self._free_name(_suggest(source, hub), identity.weights_root)
+        )
+        blob = PendingBlob.of(manifest.dump())
+        self._storage.commit(
+            [blob],
+            lambda session: queries.add_base(
+                session,
+                chosen,
+                manifest=blob.digest,
+                weights_root=identity.weights_root,
+                structure_root=identity.structure_root,
+                content_set=identity.content_set,
+                tensors=len(manifest.tensors),
+                bytes=manifest.nbytes,
+                now=utcnow(),
+                hub_repo=hub.repo if hub else None,
+                hub_commit=hub.commit if hub else None,
+                path=str(path.resolve()),
+            ),
+        )
+        return Base(chosen, manifest, path.resolve(), hub, _recipe_beside(path, identity.weights_root))
+
+    def find(self, spec: str | Path, advance: Advance) -> Base:
+        """A base by its name, its path or its Hub id; one that is not registered yet is registered."""
+        if isinstance(spec, str):
+            with self._database.read() as session:
+                row = queries.find_base(session, name=spec)
+            if row is not None:
+                return self._load(row)
+        if isinstance(spec, str) and not Path(spec).exists() and "/" not in spec:
+            with self._database.read() as session:
+                known = [row.name for row in queries.list_bases(session)]
+            if known and re.fullmatch(r"[a-z0-9][a-z0-9._-]*", spec):
+                try:
+                    return self.add(spec, None, None, advance)
+                except (NotFound, UsageError) as error:
+                    raise NotFound(f"No base is called {spec!r}: there are {', '.join(known)}; {error}") from error
+        return self.add(spec, None, None, advance)
+
+    def of_root(self, weights_root: Digest) -> Base | None:
+        """The registered base with these weights; one whose files are there, if there are several."""
+        with self._database.read() as session:
+            rows = [row for row in queries.list_bases(session) if row.weights_root == weights_root]
+        rows.sort(key=lambda row: row.path is None or not Path(row.path).exists())
+        return self._load(rows[0]) if rows else None
+
+    def all(self) -> list[BaseRow]:
+        with self._database.read() as session:
+            return queries.list_bases(session)
+
+    def show(self, name: str) -> Base:
+        """A registered base by its name. Raises NotFound."""
+        with self._database.read() as session:
+            row = queries.find_base(session, name=name)
+            known = [other.name for other in queries.list_bases(session)] if row is None else []
+        if row is None:
+            listed = f"there are {', '.join(known)}" if known else "there are none yet"
+            raise NotFound(f"No base is called {name!r}: {listed}; add it with 'loreg base add'.")
+        return self._load(row)
+
+    def manifest_of(self, checkpoint: Checkpoint, advance: Advance) -> BaseManifest:
+        return checkpoint.manifest(self.cache, advance)
+
+    def _load(self, row: BaseRow) -> Base:
+        manifest = BaseManifest.parse(self._storage.read(row.manifest))
+        if manifest.identity.weights_root != row.weights_root:
+            raise BadInput(f"The manifest of base {row.name!r} does not have its weights_root; run 'loreg fsck'.")
+        hub = HubPin(row.hub_repo, row.hub_commit, {}) if row.hub_repo and row.hub_commit else None
+        path = Path(row.path) if row.path else None
+        return Base(row.name, manifest, path, hub, _recipe_beside(path, row.weights_root))
+
+    def _free_name(self, suggestion: str, root: Digest) -> str:
+        """The suggestion, or with a piece of the digest behind it where the name stands for other weights."""
+        with self._database.read() as session:
+            row = queries.find_base(session, name=suggestion)
+        return suggestion if row is None or row.weights_root == root else f"{suggestion[:100]}-{root.short}"
+
+
+def check_files(base: Base, checkpoint: Checkpoint, cache: LeafCache, advance: Advance) -> BaseManifest:
+    """The identity of the files now. Raises BaseMismatch if they are not what was registered."""
+    manifest = checkpoint.manifest(cache, advance)
+    if manifest != base.manifest:
+        before = base.manifest.by_name()
+        differing = [tensor.name for tensor in manifest.tensors if before.get(tensor.name) != tensor]
+        named = f", first {differing[0]!r}" if differing else ""
+        raise BaseMismatch(
+            f"The files at {checkpoint.root} are not base {base.name!r} any more: {len(differing)} tensors differ"
+            f"{named}; restore them, or add them under another name."
+        )
+    return manifest
+
+
+def _locate(source: str | Path, revision: str | None) -> tuple[Path, HubPin | None]:
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"{source} is a directory here, and --revision is for Hub ids: give one of them.")
+        return path, None
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise NotFound(f"{source} does not exist: expected the directory of a model, or a Hub id.")
+    from loreg import hub
+
+    ref = hub.HubRef.parse_id(text)
+    pin, folder = hub.snapshot(replace(ref, revision=revision) if revision else ref)
+    return folder, HubPin(pin.repo, pin.commit, {file.path: file.sha256 for file in pin.files if file.sha256})
+
+
+def _recipe_beside(path: Path | None, root: Digest) -> Recipe | None:
+    """How the base was merged, if it was: its ``loreg.json``, as long as that speaks of these very weights."""
+    record = path / "loreg.json" if path else None
+    if record is None or not record.is_file():
+        return None
+    merged = MergeRecord.parse(record.read_bytes())
+    return merged.recipe if merged.weights_root == root else None
+
+
+def _suggest(source: str | Path, hub: HubPin | None) -> str:
+    text = hub.repo if hub else Path(source).resolve().name
+    cleaned = re.sub(r"[^a-z0-9._/-]+", "-", text.lower()).strip("-._/")
+    return cleaned if cleaned else "base"

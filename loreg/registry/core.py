@@ -1,0 +1,341 @@
+"""``Registry``: the Python API. Every command of the command line is one call on it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from loreg.catalog import Database, queries
+from loreg.catalog.models import BaseRow
+from loreg.catalog.queries import TagMoveRow, VersionRow
+from loreg.checkpoint import Advance
+from loreg.digest import Digest
+from loreg.errors import NotFound, UsageError
+from loreg.format.manifest import AdapterManifest
+from loreg.format.reference import Reference, check_name, check_tag
+from loreg.registry.bases import Base, Bases
+from loreg.registry.storage import PendingBlob, Storage, utcnow
+from loreg.store import LocalStore
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from loreg.algebra.delta import LowRank
+    from loreg.merge.output import MergeResult
+    from loreg.merge.verify import Verification
+    from loreg.registry.composing import Composed
+    from loreg.registry.merging import Unmerged
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of an adapter. ``created``: whether this push made it, or found it there.
+
+    ``left_out``: files of the pushed directory that are no part of an adapter and were not stored.
+    """
+
+    name: str
+    number: int
+    digest: Digest
+    manifest: AdapterManifest
+    created: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}:v{self.number}"
+
+
+def silent(done: int) -> None:
+    """The progress callback that tells nobody."""
+
+
+def open(  # noqa: A001 - loreg.open() is the contract
+    home: str | Path | None = None, *, catalog: str | None = None, store: str | None = None
+) -> Registry:
+    """Open the registry at ``home`` (default ``$LOREG_HOME``, else ``~/.loreg``), making it if need be.
+
+    ``catalog`` (a SQLAlchemy URL, default ``$LOREG_CATALOG``) and ``store`` (``file://``, default
+    ``$LOREG_STORE``) move either part. Raises BadInput for a damaged, foreign or newer catalog.
+    """
+    root = Path(home or os.environ.get("LOREG_HOME") or "~/.loreg").expanduser().absolute()
+    place = store or os.environ.get("LOREG_STORE") or f"file://{root}"
+    if not place.startswith("file://"):
+        raise UsageError(f"{place!r} is not a store that loreg opens yet: expected file:///a/directory.")
+    database = Database.open(catalog or os.environ.get("LOREG_CATALOG") or root / "catalog.db")
+    return Registry(root, database, LocalStore(Path(place.removeprefix("file://"))))
+
+
+class Registry:
+    """Adapters, bases and blobs, under one roof. Use as a context manager, or call ``close``.
+
+    Where a method takes ``advance``, it is told the number of bytes that were just read or written.
+    """
+
+    def __init__(self, home: Path, database: Database, store: LocalStore) -> None:
+        self.home = home
+        self.database = database
+        self.storage = Storage(database, store)
+        self.bases = Bases(self.storage)
+
+    def close(self) -> None:
+        self.database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Bases
+
+    def add_base(
+        self, source: str | Path, name: str | None = None, *, revision: str | None = None, advance: Advance = silent
+    ) -> Base:
+        """Hash a model and register it under ``name`` (default: of its directory or repository).
+
+        ``source`` is a directory, a safetensors file or a Hub id (``revision``: branch, tag or commit). Raises
+        NotFound, BadInput, RemoteError; Conflict if the name stands for other weights.
+        """
+        return self.bases.add(source, name, revision, advance)
+
+    def list_bases(self) -> list[BaseRow]:
+        return self.bases.all()
+
+    def show_base(self, name: str) -> Base:
+        """A registered base. Raises NotFound."""
+        return self.bases.show(name)
+
+    # Versions
+
+    def push(
+        self,
+        path: str | Path,
+        *,
+        base: str | Path,
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        format: str | None = None,  # noqa: A002 - the option's name
+        note: str | None = None,
+        advance: Advance = silent,
+    ) -> Version:
+        """Store the adapter in the directory ``path``, bound to ``base`` (a name, a path or a Hub id).
+
+        The same content under the same name is the same version. ``name`` defaults to the directory's. Raises
+        BadInput or Unsupported for an adapter that is damaged, does not fit the base, or is of a kind that is
+        not handled; nothing is stored then.
+        """
+        from loreg import adapters
+        from loreg.adapters.binding import bind
+        from loreg.checkpoint import Checkpoint
+        from loreg.registry import packing
+
+        folder = Path(path)
+        chosen = check_name(name) if name is not None else _name_of(folder)
+        wanted = [check_tag(tag) for tag in tags]
+        draft = adapters.read(folder, format)
+        known = self.bases.find(base, advance)
+        config = Checkpoint.open(known.path).config() if known.path is not None and known.path.exists() else {}
+        binding = bind(draft, known.manifest.by_name(), config)
+        leaves = packing.touched(known.manifest, packing.bound_tensors(binding))
+        manifest, blobs = packing.pack(draft, binding, replace(known.reference(), touched=leaves))
+        version = self.commit_version(chosen, manifest, blobs, wanted, note)
+        return replace(version, left_out=draft.left_out)
+
+    def commit_version(
+        self,
+        name: str,
+        manifest: AdapterManifest,
+        blobs: list[PendingBlob],
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> Version:
+        """Store a manifest and its blobs as a version of ``name``, and move ``latest`` and ``tags`` to it."""
+
+        def finish(session: Session) -> tuple[VersionRow, bool]:
+            now = utcnow()
+            queries.record_edges(session, manifest.digest, [blob.digest for blob in manifest.blobs])
+            row, created = queries.add_version(
+                session,
+                name,
+                manifest.digest,
+                base_root=manifest.base.identity.weights_root,
+                base_name=manifest.base.name,
+                rank=manifest.rank,
+                modules=len(manifest.modules),
+                bytes=manifest.nbytes,
+                targets=manifest.targets,
+                note=note,
+                now=now,
+            )
+            for tag in dict.fromkeys([*([LATEST] if created else []), *tags]):
+                queries.move_tag(session, name, tag, row, queries.tag_seq(session, name, tag), now)
+            return row, created
+
+        row, created = self.storage.commit(blobs, finish)
+        return Version(row.name, row.number, row.digest, manifest, created)
+
+    def resolve(self, reference: str | Reference) -> Version:
+        """``sql``, ``sql:prod``, ``sql:v2``, ``sql@blake3:…`` or ``blake3:…`` to a version, its manifest verified.
+
+        Raises NotFound naming what is near, UsageError for a malformed or ambiguous reference.
+        """
+        row = self.find(reference)
+        return Version(row.name, row.number, row.digest, AdapterManifest.parse(self.storage.read(row.digest)))
+
+    def find(self, reference: str | Reference) -> VersionRow:
+        """The catalog's row of a version, without reading its manifest. Raises as ``resolve``."""
+        ref = Reference.parse(reference) if isinstance(reference, str) else reference
+        with self.database.read() as session:
+            if ref.name is not None:
+                return queries.find_version(
+                    session, ref.name, number=ref.number, tag=ref.tag, digest_prefix=ref.digest_prefix
+                )
+            blob = queries.blob_matching_prefix(session, ref.digest_prefix or "")
+            rows = queries.versions_by_digest(session, blob.digest)
+        if not rows:
+            raise NotFound(f"{blob.digest} is a blob, not a version of an adapter; look with 'loreg ls'.")
+        return rows[0]
+
+    def list_versions(self, **conditions: Any) -> list[VersionRow]:
+        """See ``catalog.queries.list_versions``: by base, rank, target, query; the newest of each name."""
+        with self.database.read() as session:
+            return queries.list_versions(session, **conditions)
+
+    def log(self, name: str) -> tuple[list[VersionRow], list[TagMoveRow]]:
+        """Every version of ``name``, and every move of its tags, oldest first. Raises NotFound."""
+        with self.database.read() as session:
+            return queries.versions_of(session, check_name(name)), queries.tag_history(session, name)
+
+    def tags(self, name: str) -> dict[str, int]:
+        """Tag → version number. Raises NotFound."""
+        with self.database.read() as session:
+            return {tag.name: tag.number for tag in queries.tags_of(session, name)}
+
+    def tag(self, reference: str, tag: str) -> Version:
+        """Point ``tag`` at a version. Raises Conflict if it moved meanwhile."""
+        check_tag(tag)
+        with self.database.write() as session:
+            row = self._row(session, Reference.parse(reference))
+            queries.move_tag(session, row.name, tag, row, queries.tag_seq(session, row.name, tag), utcnow())
+        return self.resolve(Reference(row.name, number=row.number))
+
+    @staticmethod
+    def _row(session: Session, ref: Reference) -> VersionRow:
+        if ref.name is None:
+            raise UsageError(f"{ref} names no adapter: expected 'name', 'name:tag' or 'name@blake3:…'.")
+        return queries.find_version(
+            session, ref.name, number=ref.number, tag=ref.tag, digest_prefix=ref.digest_prefix
+        )
+
+    def export(
+        self,
+        reference: str,
+        out: str | Path,
+        *,
+        format: str = "original",  # noqa: A002 - the option's name
+    ) -> Path:
+        """Write a version to the new directory ``out``: ``original`` (the pushed bytes) or ``peft``."""
+        from loreg.registry.exporting import export
+
+        return export(self.storage, self.resolve(reference), Path(out), format)
+
+    def load(self, reference: str, device: str = "cpu") -> dict[str, LowRank]:
+        """Module path → its delta on ``device``, in the orientation in which the checkpoint stores the weight.
+
+        The stored factors and scale as they are; a composed module's several terms are stacked into float64
+        factors of scale 1, each element off by at most 2⁻⁵³ of itself. Replaced tensors and biases are not in
+        it (``resolve(reference).manifest`` lists them).
+        """
+        from loreg.registry.merging import load
+
+        return load(self, self.resolve(reference), device)
+
+    # Merging
+
+    def merge(
+        self,
+        expression: str,
+        out: str | Path,
+        *,
+        base: str | Path | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        verify: str = "probe",
+        allow_base_mismatch: bool = False,
+        progress: Callable[[str, int], Advance] | None = None,
+    ) -> MergeResult:
+        """W' = round(W + Σ wᵢΔWᵢ) for every tensor of the base, written to the new directory ``out``.
+
+        Each element is the value of the storage dtype nearest to the exact sum (``loreg-exact-1``), whatever
+        the device. ``base``: default is where the adapters' own base is registered. ``dtype``: ``bfloat16``,
+        ``float16`` or ``float32`` for every floating tensor. ``verify``: ``probe``, ``exact``, ``forward`` or
+        ``none``. ``progress(label, total bytes)`` gives the callback of one stage. Raises BaseMismatch,
+        Conflict, CheckFailed, BadInput; nothing is left at ``out`` then.
+        """
+        from loreg.registry.merging import merge
+
+        options = {"dtype": dtype, "device": device, "verify": verify, "allow_base_mismatch": allow_base_mismatch}
+        return merge(self, expression, Path(out), base=base, progress=progress, **options)  # type: ignore[arg-type]
+
+    def unmerge(
+        self, merged: str | Path, out: str | Path, *, base: str | Path | None = None, advance: Advance = silent
+    ) -> Unmerged:
+        """The base of a merged model, bit for bit, in the new directory ``out``; checked against its digests."""
+        from loreg.registry.merging import unmerge
+
+        return unmerge(self, Path(merged), Path(out), base, advance)
+
+    def compose(
+        self,
+        expression: str,
+        name: str,
+        *,
+        method: str = "linear",
+        rank: int | None = None,
+        device: str = "cpu",
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> Composed:
+        """Store a weighted sum of adapters as a version of ``name``.
+
+        ``linear`` keeps every term and is exact; ``svd`` truncates each module to ``rank`` and reports the
+        relative Frobenius error. Raises BaseMismatch for adapters of different bases, Unsupported, UsageError.
+        """
+        from loreg.registry.composing import compose
+
+        return compose(self, expression, name, method=method, rank=rank, device=device, tags=tags, note=note)
+
+    def verify(
+        self, subject: str | Path, *, kind: str = "probe", base: str | Path | None = None, advance: Advance = silent
+    ) -> Verification:
+        """Verify a merged directory (``probe``, ``exact``, ``forward``), or the blobs of a stored version."""
+        from loreg.registry.merging import verify
+
+        return verify(self, subject, kind, base, advance)
+
+    # Hub
+
+    def sync_push(self, reference: str, remote: str, *, private: bool = False) -> str:
+        """Send a version to ``hf://owner/name`` in one commit; returns the commit. Raises RemoteError."""
+        from loreg.registry.syncing import sync_push
+
+        return sync_push(self, reference, remote, private)
+
+    def sync_pull(self, remote: str, name: str, tags: Iterable[str] = ()) -> Version:
+        """Fetch ``hf://owner/name[@rev]`` as a version of ``name``, every digest verified. Raises RemoteError."""
+        from loreg.registry.syncing import sync_pull
+
+        return sync_pull(self, remote, name, tags)
+
+
+def _name_of(folder: Path) -> str:
+    name = re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")
+    if not name:
+        raise UsageError(f"{folder} gives no name for the adapter: give --name.")
+    return check_name(name[:128])

@@ -1,0 +1,266 @@
+"""Merge, unmerge, verify and load: names to inputs, and inputs to ``loreg.merge``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from loreg.algebra.delta import LowRank, concatenate
+from loreg.checkpoint import Advance, Checkpoint
+from loreg.digest import Digest
+from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.format.base import BaseManifest
+from loreg.format.manifest import AdapterManifest
+from loreg.format.recipe import MergeRecord, Recipe
+from loreg.format.reference import parse_expression
+from loreg.merge.inputs import AdapterInput
+from loreg.merge.output import MergeResult, write_merge
+from loreg.merge.plan import plan_merge
+from loreg.merge.undo import unmerge_from_base
+from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
+from loreg.merge.verify import verify as run_verification
+from loreg.registry.bases import Base, check_files
+from loreg.registry.core import Registry, Version, silent
+
+if TYPE_CHECKING:
+    from loreg.registry.bases import LeafCache
+
+_DTYPES = {
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float16": "F16",
+    "fp16": "F16",
+    "f16": "F16",
+    "float32": "F32",
+    "fp32": "F32",
+    "f32": "F32",
+}
+
+Progress = Callable[[str, int], Advance]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmerged:
+    """The outcome of an unmerge. ``method``: ``base``, the base's own files (the ``journal`` is to come)."""
+
+    out: Path
+    weights_root: Digest
+    matches_base: bool
+    method: str
+
+
+def choose_device(name: str) -> torch.device:
+    """A torch device that can be computed on. Raises UsageError for another, NotFound for one that is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a device: expected 'cpu', 'cuda' or 'cuda:N'.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{name!r} is not handled: float64 arithmetic needs 'cpu' or 'cuda'.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NotFound(f"{name!r} is not here: torch finds no CUDA device; use --device cpu.")
+    return device
+
+
+def adapter_input(registry: Registry, version: Version, weight: float) -> AdapterInput:
+    """A version with local, verified files for all its tensors."""
+    wanted = [blob.digest for blob in version.manifest.blobs if blob.role != "source"]
+    blobs = {digest: registry.storage.path(digest) for digest in wanted}
+    return AdapterInput(str(version), weight, version.digest, version.manifest, blobs)
+
+
+def resolve_terms(registry: Registry, expression: str) -> list[AdapterInput]:
+    """The adapters of an expression, in the order written."""
+    return [adapter_input(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
+
+
+def recipe_inputs(registry: Registry, recipe: Recipe) -> list[AdapterInput]:
+    """The adapters of a recipe, by digest. Raises NotFound if one is not in the store."""
+    return [adapter_input(registry, registry.resolve(str(term.adapter)), term.value) for term in recipe.terms]
+
+
+def merge(
+    registry: Registry,
+    expression: str,
+    out: Path,
+    *,
+    base: str | Path | None,
+    dtype: str | None,
+    device: str,
+    verify: str,
+    allow_base_mismatch: bool,
+    progress: Progress | None,
+) -> MergeResult:
+    """See ``Registry.merge``."""
+    if verify not in KINDS:
+        raise UsageError(f"{verify!r} is not a kind of verification: expected one of {', '.join(KINDS)}.")
+    if dtype is not None and dtype.lower() not in _DTYPES:
+        raise UsageError(f"{dtype!r} is not an output dtype: expected bfloat16, float16 or float32.")
+    target = choose_device(device)
+    adapters = resolve_terms(registry, expression)
+    stage = progress or (lambda label, total: silent)
+    with _base_for(registry, adapters, base, out, stage) as (checkpoint, manifest):
+        plan = plan_merge(
+            checkpoint,
+            manifest,
+            adapters,
+            dtype=_DTYPES[dtype.lower()] if dtype else None,
+            allow_mismatch=allow_base_mismatch,
+            known=_known_checkpoints(registry, adapters),
+        )
+
+        def check(folder: Path, record: MergeRecord) -> Verification:
+            subject = Subject.of(folder, record, checkpoint, manifest, plan.adapters)
+            return run_verification(verify, subject, stage("verifying", plan.nbytes))
+
+        return write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
+
+
+@contextmanager
+def _base_for(
+    registry: Registry, adapters: Sequence[AdapterInput], base: str | Path | None, out: Path, stage: Progress
+) -> Iterator[tuple[Checkpoint, BaseManifest]]:
+    """The base to merge into: the one given, else the adapters' own, else that one made anew from its recipe."""
+    if base is not None:
+        given = registry.bases.find(base, stage("hashing", 0))
+        yield _open_checked(given, registry.bases.cache, stage)
+        return
+    reference = adapters[0].manifest.base
+    known = registry.bases.of_root(reference.identity.weights_root)
+    if known is not None and known.path is not None and known.path.exists():
+        yield _open_checked(known, registry.bases.cache, stage)
+        return
+    if reference.recipe is None:
+        if known is not None:
+            known.open()
+        raise NotFound(
+            f"{adapters[0].label} was trained on {reference.name!r} ({reference.identity.weights_root}), which is "
+            "not registered here: add it with 'loreg base add', or give --base PATH."
+        )
+    # The base was itself a merge: apply that recipe first, and go on only if the result has the recorded root.
+    chain = recipe_inputs(registry, reference.recipe)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".loreg-base-", dir=out.parent) as scratch:
+        with _base_for(registry, chain, None, out, stage) as (checkpoint, manifest):
+            plan = plan_merge(checkpoint, manifest, chain, dtype=reference.recipe.dtype)
+            stage_one = stage("merging the base", plan.nbytes)
+            unchecked = Verification("none")
+            result = write_merge(
+                plan,
+                Path(scratch) / "base",
+                device=torch.device("cpu"),
+                advance=stage_one,
+                verify=lambda folder, record: unchecked,
+            )
+        if result.weights_root != reference.identity.weights_root:
+            raise BaseMismatch(
+                f"The base of {adapters[0].label} is a merge that could not be made again: expected "
+                f"{reference.identity.weights_root}, found {result.weights_root}; give --base PATH."
+            )
+        yield Checkpoint.open(result.out), BaseManifest(result.record.tensors)
+
+
+def _open_checked(base: Base, cache: LeafCache, stage: Progress) -> tuple[Checkpoint, BaseManifest]:
+    checkpoint = base.open()
+    return checkpoint, check_files(base, checkpoint, cache, stage("hashing the base", checkpoint.nbytes))
+
+
+def _known_checkpoints(registry: Registry, adapters: Sequence[AdapterInput]) -> dict[Digest, Checkpoint]:
+    """The adapters' own bases, where their files are at hand: to explain a mismatch."""
+    known = {}
+    for adapter in adapters:
+        root = adapter.manifest.base.identity.weights_root
+        base = registry.bases.of_root(root)
+        if base is not None and base.path is not None and base.path.exists():
+            known[root] = Checkpoint.open(base.path)
+    return known
+
+
+def unmerge(registry: Registry, merged: Path, out: Path, base: str | Path | None, advance: Advance) -> Unmerged:
+    """See ``Registry.unmerge``."""
+    checkpoint, record = Checkpoint.open(merged), require_record(merged)
+    known = _recorded_base(registry, record, base, advance)
+    files = known.open()
+    manifest = check_files(known, files, registry.bases.cache, advance)
+    root = unmerge_from_base(checkpoint, record, files, manifest, out, advance)
+    return Unmerged(out, root, root == record.recipe.base, "base")
+
+
+def _recorded_base(registry: Registry, record: MergeRecord, base: str | Path | None, advance: Advance) -> Base:
+    """The base that a merge names: the given one if it is that, else the registered one."""
+    wanted = record.recipe.base
+    if base is not None:
+        given = registry.bases.find(base, advance)
+        if given.manifest.identity.weights_root != wanted:
+            found = given.manifest.identity.weights_root
+            raise BaseMismatch(f"The merge was made from base {wanted}, and {base} is {found}: give that base.")
+        return given
+    known = registry.bases.of_root(wanted)
+    if known is None:
+        raise NotFound(f"The merge was made from base {wanted}, which is not registered here: give --base PATH.")
+    return known
+
+
+def verify(
+    registry: Registry, subject: str | Path, kind: str, base: str | Path | None, advance: Advance
+) -> Verification:
+    """See ``Registry.verify``: a directory is a merged model, anything else a reference."""
+    if kind not in KINDS:
+        raise UsageError(f"{kind!r} is not a kind of verification: expected one of {', '.join(KINDS)}.")
+    folder = Path(subject)
+    if not folder.is_dir():
+        return _verify_version(registry, str(subject))
+    record = require_record(folder)
+    known = _recorded_base(registry, record, base, advance)
+    checkpoint = known.open()
+    manifest = check_files(known, checkpoint, registry.bases.cache, advance)
+    adapters = recipe_inputs(registry, record.recipe)
+    return run_verification(kind, Subject.of(folder, record, checkpoint, manifest, adapters), advance)
+
+
+def _verify_version(registry: Registry, reference: str) -> Verification:
+    """Every blob of a stored version, re-read from the store and compared with its digest and its manifest."""
+    version = registry.resolve(reference)
+    checks = []
+    for blob in version.manifest.blobs:
+        name = f"{blob.role} {blob.digest.short}"
+        try:
+            found = len(registry.storage.read(blob.digest))
+        except (BadInput, NotFound) as error:
+            checks.append(Check(name, False, str(error)))
+        else:
+            checks.append(Check(name, found == blob.size, f"{found:,} bytes, expected {blob.size:,}"))
+    return Verification("blobs", tuple(checks))
+
+
+def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank]:
+    """See ``Registry.load``."""
+    target = choose_device(device)
+    adapter = adapter_input(registry, version, 1.0)
+    deltas = {}
+    for path in version.manifest.modules:
+        terms = [term.to(target) for term in adapter.low_rank(path)]
+        deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
+    return deltas
+
+
+def same_base(manifests: Sequence[tuple[str, AdapterManifest]]) -> None:
+    """Raise BaseMismatch unless all were trained on one base: equal roots, or equal leaves where they meet."""
+    label, first = manifests[0]
+    for other, manifest in manifests[1:]:
+        if manifest.base.identity.weights_root == first.base.identity.weights_root:
+            continue
+        shared = set(first.base.touched) & set(manifest.base.touched)
+        differing = sorted(name for name in shared if first.base.touched[name] != manifest.base.touched[name])
+        if differing or not shared:
+            named = f"they differ in {differing[0]!r}" if differing else "they adapt no tensor in common"
+            raise BaseMismatch(
+                f"{label} was trained on {first.base.name!r} and {other} on {manifest.base.name!r}, which are not "
+                f"the same weights: {named}; compose adapters of one base."
+            )

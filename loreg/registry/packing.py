@@ -1,0 +1,149 @@
+"""From a bound draft, or from parts of other versions, to a manifest and the blobs it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from loreg.adapters.binding import Binding, BoundModule
+from loreg.adapters.draft import Draft, DraftFile, RawTensor
+from loreg.digest import Digest, DoubleHasher, Fingerprint, Hasher
+from loreg.errors import BadInput
+from loreg.format.base import BaseManifest, BaseReference
+from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, SourceFile, check_file_name
+from loreg.format.module import BiasTerm, FullTensor, LowRankTerm, Module, TensorRef
+from loreg.format.safetensors import Header, canonical_header
+from loreg.registry.storage import PendingBlob
+
+
+@dataclass
+class Package:
+    """A manifest in the making: tensors go in by role, and ``finish`` gives manifest and blobs."""
+
+    factors: dict[str, RawTensor] = field(default_factory=dict)
+    _blobs: dict[tuple[Digest, str], PendingBlob] = field(default_factory=dict)
+
+    def add(self, blob: PendingBlob, role: str) -> Digest:
+        self._blobs[blob.digest, role] = blob
+        return blob.digest
+
+    def full(self, tensor: RawTensor, module: str) -> FullTensor:
+        """A replaced tensor, alone in a canonical blob under the name ``tensor`` [M6]."""
+        blob = tensors_blob({"tensor": tensor})
+        return FullTensor(self.add(blob, "full"), reference(tensor), module)
+
+    def finish(
+        self,
+        base: BaseReference,
+        modules: Mapping[str, Module],
+        full: Mapping[str, FullTensor],
+        source: Source | None,
+        provenance: Provenance,
+    ) -> tuple[AdapterManifest, list[PendingBlob]]:
+        """The manifest, checked, and every blob that it needs, the manifest itself last."""
+        if self.factors:
+            self.add(tensors_blob(self.factors), "factors")
+        refs = [
+            BlobRef(digest, blob.fingerprint.sha256, blob.fingerprint.size, role)
+            for (digest, role), blob in sorted(self._blobs.items())
+        ]
+        manifest = AdapterManifest(base, modules, full, tuple(refs), source, provenance)
+        manifest.check()
+        return manifest, [*self._blobs.values(), PendingBlob.of(manifest.dump())]
+
+
+def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterManifest, list[PendingBlob]]:
+    """Everything about one pushed adapter. ``base.touched`` is filled in by ``touched``."""
+    package = Package()
+    places: dict[str, str] = {}
+    modules = {}
+    for path, bound in binding.modules.items():
+        module = modules[path] = _module(bound)
+        term = bound.draft.term
+        raws = (term.A, term.B, bound.draft.bias)
+        for (name, _), raw in zip(module.tensors(path), (raw for raw in raws if raw is not None), strict=True):
+            package.factors[name] = raw
+            places[raw.key] = f"factors:{name}"
+    full = {}
+    for name, replaced in binding.full.items():
+        full[name] = package.full(replaced.tensor, replaced.module)
+        places[replaced.tensor.key] = f"full:{name}"
+    files = tuple(_source_file(file, places, package) for file in draft.files)
+    provenance = Provenance(license=draft.license, training=draft.training)
+    return package.finish(base, modules, full, Source(draft.format, files), provenance)
+
+
+def touched(base: BaseManifest, names: Iterable[str]) -> dict[str, Digest]:
+    """Tensor → leaf, for the adapted tensors [M3]."""
+    tensors = base.by_name()
+    return {name: tensors[name].leaf for name in names}
+
+
+def bound_tensors(binding: Binding) -> list[str]:
+    """The checkpoint tensors that the modules of a binding adapt."""
+    biases = [module.bias_tensor for module in binding.modules.values() if module.bias_tensor is not None]
+    return [module.tensor for module in binding.modules.values()] + biases
+
+
+def reference(tensor: RawTensor) -> TensorRef:
+    hasher = Hasher()
+    for chunk in tensor.chunks():
+        hasher.update(chunk)
+    return TensorRef(tensor.dtype, tensor.shape, hasher.digest())
+
+
+def tensors_blob(tensors: Mapping[str, RawTensor]) -> PendingBlob:
+    """The canonical safetensors file [S6, S7] of ``tensors``."""
+    header: Header = canonical_header((name, raw.dtype, raw.shape) for name, raw in tensors.items())
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header.raw
+        for info in header.tensors:
+            yield from tensors[info.name].chunks()
+
+    hasher = DoubleHasher()
+    for chunk in chunks():
+        hasher.update(chunk)
+    return PendingBlob(hasher.result(), chunks)
+
+
+def _module(bound: BoundModule) -> Module:
+    term = bound.draft.term
+    low_rank = LowRankTerm(term.rank, term.alpha, term.scale, reference(term.A), reference(term.B))
+    bias = bound.draft.bias
+    return Module(
+        tensor=bound.tensor,
+        kind=bound.kind,
+        orientation=bound.orientation,
+        in_features=term.A.shape[1],
+        out_features=term.B.shape[0],
+        terms=(low_rank,),
+        bias_tensor=bound.bias_tensor,
+        bias_terms=(BiasTerm(term.scale, reference(bias)),) if bias is not None else (),
+    )
+
+
+def _source_file(file: DraftFile, places: Mapping[str, str], package: Package) -> SourceFile:
+    """How to give a file back byte for byte [M8]: its header as a blob, its tensors from where they are kept."""
+    name = check_file_name(file.path.name, "the adapter")
+    if file.header is None:
+        whole = PendingBlob.of_file(file.path)
+        print_ = whole.fingerprint
+        return SourceFile(name, print_.size, print_.sha256, package.add(whole, "source"))
+    with file.path.open("rb") as opened:
+        header = opened.read(file.header)
+    print_ = _file_fingerprint(file, header)
+    blob = package.add(PendingBlob.of(header), "source")
+    return SourceFile(name, print_.size, print_.sha256, blob, tuple(places[tensor.key] for tensor in file.tensors))
+
+
+def _file_fingerprint(file: DraftFile, header: bytes) -> Fingerprint:
+    hasher = DoubleHasher()
+    hasher.update(header)
+    for tensor in file.tensors:
+        for chunk in tensor.chunks():
+            hasher.update(chunk)
+    result = hasher.result()
+    if result.size != file.path.stat().st_size:
+        raise BadInput(f"{file.path} was changed while it was read: push again.")
+    return result
