@@ -55,6 +55,8 @@ class FileStamp:
             stat = path.stat()
         except OSError as error:
             raise NotFound(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:  # a null byte in a name that a file gave us
+            raise BadInput(f"{str(path)!r} cannot be the path of a file.") from error
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def settled_at(self, now_ns: int) -> bool:
@@ -120,7 +122,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a directory, or a single safetensors file. Raises NotFound, BadInput."""
+        """Open a directory (sharded, or with one file), or a safetensors file. Raises NotFound, BadInput."""
         if path.is_file():
             return cls._of(path.parent, [path], None)
         if not path.is_dir():
@@ -131,6 +133,9 @@ class Checkpoint:
         for name in _SINGLES:
             if (path / name).is_file():
                 return cls._of(path, [path / name], None)
+        alone = sorted(path.glob("*.safetensors"))
+        if len(alone) == 1:
+            return cls._of(path, alone, None)
         others = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
         found = f"found {', '.join(others[:4])}" if others else "found no weights"
         raise NotFound(
@@ -185,12 +190,12 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """The files beside the weights (config, tokenizer, code, licence), relative to ``root``, in order."""
-        found = []
+        found, shards = [], {shard.path for shard in self.shards}
         for folder, folders, files in os.walk(self.root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(folder) / name
-                weights = path.suffix.lower() in _WEIGHT_SUFFIXES or name in _OWN_FILES
+                weights = path in shards or path.suffix.lower() in _WEIGHT_SUFFIXES or name in _OWN_FILES
                 if not weights and not name.startswith(".") and path.is_file():
                     found.append(path.relative_to(self.root))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -22,31 +23,55 @@ def staged(out: Path, identity: Digest) -> Iterator[Path]:
     """
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise Conflict(f"{out} exists and is not an empty directory: choose another, or remove it first.")
-    folder = out.parent / f".{out.name}.{identity.short}.partial"
+    with scratch(out, f"{identity.short}.partial") as folder:
+        yield folder
+        _put(folder, out)
+
+
+@contextmanager
+def scratch(out: Path, purpose: str) -> Iterator[Path]:
+    """An empty directory beside ``out``, of this process alone, for work towards it; gone when the block ends.
+
+    Raises Conflict if another process is in it, CheckFailed for whatever the disk says, in the block too.
+    """
+    folder = out.parent / f".{out.name}.{purpose}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckFailed(f"{folder} cannot be made: {error.strerror}.") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
+        _lock(lock, folder, out)
         try:
             _empty(folder)
             yield folder
-            _put(folder, out)
-        except BaseException:
-            # Ctrl-C included: a half-merged model is of no use, and large.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        finally:
+            # Ctrl-C included: a half-merged model is of no use, and large. Once renamed, the name is anybody's.
+            if _is(folder, lock):
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise CheckFailed(
             f"{out} cannot be written: {error.strerror}; free some space, or check the disk."
         ) from error
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
+    if not _is(folder, descriptor):
+        raise Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
+
+
+def _is(folder: Path, descriptor: int) -> bool:
+    """Whether the name still stands for the directory that is open, and so locked."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _empty(folder: Path) -> None:
@@ -56,10 +81,20 @@ def _empty(folder: Path) -> None:
 
 def _put(folder: Path, out: Path) -> None:
     _flush(folder)
-    with suppress(FileNotFoundError):
-        out.rmdir()
-    folder.rename(out)
-    _flush(out.parent)
+    try:
+        with suppress(FileNotFoundError):
+            out.rmdir()
+        folder.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise Conflict(f"{out} was written by another process meanwhile: choose another directory.") from error
+        raise
+    try:
+        _flush(out.parent)
+    except OSError:
+        # Not known to be on the disk: taken back, as an error is to mean that nothing is there.
+        out.rename(folder)
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -279,6 +279,8 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, body: bytes, repo: str, rev: str | None) -> None:
         home = self._may_read(repo)
         commit, files = self.hub.find(repo, rev)
+        lie = self.hub.faulty("commit", self.command, f"/{repo}/revision/{rev}")
+        commit = lie.value if lie else commit
         siblings = [_sibling(path, blob, "blobs" in self.query) for path, blob in sorted(files.items())]
         info = {"_id": "0", "id": repo, "modelId": repo, "sha": commit, "private": home.private, "tags": []}
         self._json({**info, "siblings": siblings + self.hub.extra_siblings, "downloads": 0, "likes": 0})
@@ -476,7 +478,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
             monkeypatch.delenv(name, raising=False)
         for name, value in server.environment(home).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         # An empty answer to what the client would ask of the public Hub, once a day.
         home.mkdir()

@@ -155,7 +155,7 @@ class Screen:
     Holds the workspace ``carried`` for ``size`` elements or somewhat more; not for two threads at once.
     """
 
-    WIDTH = 4096
+    WIDTH = 8192
 
     def __init__(self, dtype: torch.dtype, size: int, eta: float, spread: float, device: torch.device) -> None:
         check_storage(dtype)

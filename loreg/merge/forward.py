@@ -8,7 +8,8 @@ floor. A merge passes if it differs from the unmerged model by at most twice as 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,21 @@ def _transformers() -> Any:
     return transformers
 
 
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No bars and no chatter of transformers on a terminal that shows ours; as it was afterwards."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _inputs(root: Path, config: dict[str, Any]) -> list[torch.Tensor]:
     """Token ids (1, n): of prompts if the model has a tokenizer, else fixed random ones."""
     transformers = _transformers()
@@ -113,7 +129,8 @@ def _run(
     kind = getattr(transformers, next(iter(config.architectures or ()), ""), None)
     if kind is None:
         raise Unsupported(f"{root}: config.json names no architecture that transformers knows, so it cannot be run.")
-    model = kind.from_pretrained(root, dtype=dtype or "auto").eval()
+    with _quiet(transformers):
+        model = kind.from_pretrained(root, dtype=dtype or "auto").eval()
     adapt(model)
     results = []
     for ids in inputs:

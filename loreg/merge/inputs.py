@@ -89,7 +89,10 @@ def mapped(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, .
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with open_binary(path) as file:
         # A private writable map: torch wants a writable buffer, and nobody may write through to a blob.
-        pages = mmap.mmap(file.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start)
+        try:
+            pages = mmap.mmap(file.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path} cannot be read up to the end of {name!r}: {error}; was it cut?") from error
     return from_buffer(memoryview(pages)[offset - start :], kind, shape)
 
 

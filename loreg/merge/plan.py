@@ -242,7 +242,9 @@ def _added(name: str, edit: TensorEdit) -> OutputTensor:
 def _index(original: bytes, shards: Sequence[OutputShard]) -> bytes:
     document = json.loads(original)
     tensors = [(tensor.info, shard.name) for shard in shards for tensor in shard.tensors]
-    document["metadata"] = {**document.get("metadata", {}), "total_size": sum(info.nbytes for info, _ in tensors)}
+    metadata = document.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    document["metadata"] = {**kept, "total_size": sum(info.nbytes for info, _ in tensors)}
     document["weight_map"] = {info.name: file for info, file in sorted(tensors, key=lambda item: item[0].name)}
     return (json.dumps(document, indent=2) + "\n").encode()
 

@@ -10,7 +10,7 @@ from loreg.catalog import Database, queries
 from loreg.catalog.models import BaseRow
 from loreg.checkpoint import Advance, Checkpoint, FileStamp
 from loreg.digest import Digest
-from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.errors import BadInput, BaseMismatch, NotFound, RemoteError, UsageError
 from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import check_name
@@ -98,15 +98,12 @@ class Bases:
                 row = queries.find_base(session, name=spec)
             if row is not None:
                 return self._load(row)
-        if isinstance(spec, str) and not Path(spec).exists() and "/" not in spec:
-            with self._database.read() as session:
-                known = [row.name for row in queries.list_bases(session)]
-            if known and re.fullmatch(r"[a-z0-9][a-z0-9._-]*", spec):
-                try:
-                    return self.add(spec, None, None, advance)
-                except (NotFound, UsageError) as error:
-                    raise NotFound(f"No base is called {spec!r}: there are {', '.join(known)}; {error}") from error
-        return self.add(spec, None, None, advance)
+        try:
+            return self.add(spec, None, None, advance)
+        except (NotFound, RemoteError) as error:
+            # Mistyped, most likely: say what there is, besides what became of looking it up.
+            known = ", ".join(row.name for row in self.all()) or "none"
+            raise type(error)(f"{error} Registered bases: {known}.") from error
 
     def of_root(self, weights_root: Digest) -> Base | None:
         """The registered base with these weights; one whose files are there, if there are several."""
@@ -173,8 +170,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, HubPin | No
     from loreg import hub
 
     ref = hub.HubRef.parse_id(text)
-    pin, folder = hub.snapshot(replace(ref, revision=revision) if revision else ref)
-    return folder, HubPin(pin.repo, pin.commit, {file.path: file.sha256 for file in pin.files if file.sha256})
+    pin, folder = hub.snapshot(replace(ref, revision=revision) if revision else ref, verify=True)
+    weights = {path: sha256 for path, sha256 in pin.sha256s.items() if path.endswith(".safetensors")}
+    return folder, HubPin(pin.repo, pin.commit, weights)
 
 
 def _recipe_beside(path: Path | None, root: Digest) -> Recipe | None:

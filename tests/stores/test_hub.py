@@ -15,6 +15,7 @@ from hub_server import OWNER_TOKEN, STRANGER_TOKEN, HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loreg
 from loreg import hub as transport
 from loreg.errors import CheckFailed, Conflict, LoregError, NotFound, RemoteError, UsageError
 from loreg.hub import HubFile, HubPin, HubRef
@@ -204,7 +205,7 @@ def test_rotten_bytes_in_the_shared_cache_are_not_copied(hub: HubServer, tmp_pat
     ("fault", "says"),
     [
         ({"kind": "corrupt"}, "expected (sha256|git blob) [0-9a-f]+, found [0-9a-f]+"),
-        ({"kind": "truncate"}, r"size \d+ [^.]*\.\w+\); try again"),
+        ({"kind": "truncate"}, r"size \d+ but has size \d+ \([^ ]+; try again"),
         ({"kind": "drop"}, "did not answer"),
         ({"kind": "etag", "value": "../../../escaped"}, "ETag"),
         ({"kind": "etag", "value": "/tmp/escaped"}, "ETag"),
@@ -258,6 +259,15 @@ def test_a_hostile_listing_is_refused(hub: HubServer, sibling):
     with pytest.raises(RemoteError) as refused:
         transport.pin(REF)
     assert sentence(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("lie", ["f" * 40, "../x", None])
+def test_a_commit_is_the_one_that_was_asked_for(hub: HubServer, lie):
+    commit = hub.add(REPO, FILES)
+    hub.fault("commit", "/revision/", value=lie)
+    with pytest.raises(RemoteError, match="commit") as refused:
+        transport.pin(HubRef(REPO, commit))
+    sentence(refused.value)
 
 
 def test_no_value_of_a_file_or_a_pin_escapes_its_directory():
@@ -450,14 +460,19 @@ def test_offline_mode_is_named(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_child_process_finds_the_hub_by_its_environment(hub: HubServer, tmp_path: Path):
-    commit = hub.add("gpt2", {"config.json": b"{}"})
+    """The client as anyone has it: nothing set but variables, before it is imported."""
     code = (
-        "import sys, loreg.hub as h; assert 'huggingface_hub' not in sys.modules and 'torch' not in sys.modules;"
-        "print(h.pin(h.HubRef.parse_id('gpt2@main')).commit)"
+        "import sys, pathlib, loreg.hub as h\n"
+        "assert 'huggingface_hub' not in sys.modules and 'torch' not in sys.modules\n"
+        f"print(h.send(h.HubRef.parse('hf://{REPO}'), {FILES!r}, 'from a child'))\n"
+        f"h.fetch(h.pin(h.HubRef.parse('hf://{REPO}@main')), {list(FILES)}, pathlib.Path('got'))\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | hub.environment(tmp_path / "home")
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == commit
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(loreg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == transport.pin(REF).commit
+    assert tree(tmp_path / "got") == FILES | {"notes": b"<directory>"}
 
 
 # Bases.

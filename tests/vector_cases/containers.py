@@ -37,14 +37,18 @@ def canonical_json() -> list[Vector]:
         return rejected(name, description, clauses, document(raw))
 
     numbers = [
-        parsed(f"number-{bits}", f"The double of bits {bits}, as 17 digits, has one text.", "J3 J6", _long(bits), text)
+        parsed(
+            f"number-{bits}", f"The double of bits {bits}, as 17 digits, has one text.", "J3 J6", _long(bits), text
+        )
         for bits, text in _NUMBERS.items()
     ]
     return [
         parsed("empty-object", "An empty object.", "J1 J6", "{}", "{}"),
-        parsed("white-space", "White space between tokens is read, and not written.", "J1 J6", " [ 1 ,\n2 ]\t", "[1,2]"),
+        parsed("white-space", "White space between tokens is read, and not written.", "J1 J6", " [ 1 ,\n2 ]\t",
+                "[1,2]"),
         parsed("key-order", "Keys are written in order of their UTF-16 code units.", "J6",
-               '{"€":1,"\\r":2,"1":4,"😀":5,"דּ":7}', '{"\\r":2,"1":4,"€":1,"😀":5,"דּ":7}'),
+               '{"\u20ac":1,"\\r":2,"\ufb33":7,"1":4,"\U0001f600":5}',
+               '{"\\r":2,"1":4,"\u20ac":1,"\U0001f600":5,"\ufb33":7}'),
         parsed("escapes", "Escapes that are not needed are not written.", "J4 J6",
                '"\\u0041\\/\\u000f\\u00e9\\n"', '"A/\\u000fé\\n"'),
         parsed("surrogate-pair", "A whole surrogate pair is one character.", "J4 J6", '"\\ud83d\\ude00"', '"😀"'),
@@ -54,7 +58,8 @@ def canonical_json() -> list[Vector]:
         parsed("no-canonical-form", "A double whose text would be too large an integer has no canonical form.",
                "J3 J6", "[1e17]", None),
         parsed("depth-64", "64 levels are read.", "J5", "[" * 64 + "]" * 64, "[" * 64 + "]" * 64),
-        parsed("brackets-in-text", "Brackets inside text do not nest.", "J5", '"' + "[" * 99 + '"', '"' + "[" * 99 + '"'),
+        parsed("brackets-in-text", "Brackets inside text do not nest.", "J5", '"' + "[" * 99 + '"',
+                '"' + "[" * 99 + '"'),
         *numbers,
         refused("byte-order-mark", "A byte order mark.", "J1", b"\xef\xbb\xbf{}"),
         refused("utf-16", "UTF-16.", "J1", "{}".encode("utf-16-le")),
@@ -88,13 +93,14 @@ def canonical_json() -> list[Vector]:
         refused("half-pair-key", "Half a pair in a key.", "J4", '{"\\udc00":1}'),
         refused("depth-65", "65 levels.", "J5", "[" * 65 + "]" * 65),
         refused("depth-objects", "65 levels of objects.", "J5", '{"a":' * 65 + "1" + "}" * 65),
-        refused("unterminated-escapes", "Text without an end, full of escaped quotes: a matcher that backtracks is slow.",
+        refused("unterminated-escapes",
+                "Text without an end, full of escaped quotes: a matcher that backtracks is slow.",
                 "J1", '"' + '\\"' * 4000),
     ]  # fmt: skip
 
 
 def _long(bits: str) -> str:
-    return "%.16e" % struct.unpack(">d", bytes.fromhex(bits))[0]
+    return format(struct.unpack(">d", bytes.fromhex(bits))[0], ".16e")
 
 
 F32 = bytes.fromhex("0000803f000000400000404000008040")  # 1, 2, 3, 4
@@ -120,17 +126,21 @@ def safetensors() -> list[Vector]:
     return [
         file("no-tensors", "A file without tensors.", "S1 S2 S5", "{}", b""),
         file("one-tensor", "One tensor.", "S1 S2 S4 S5", f'{{"a":{_entry()}}}', F32[:4], ("a", "F32", [1], 0, 4)),
-        file("padded", "A header padded with spaces.", "S2", f'{{"a":{_entry()}}}   ', F32[:4], ("a", "F32", [1], 0, 4)),
+        file("padded", "A header padded with spaces.", "S2", f'{{"a":{_entry()}}}   ', F32[:4], ("a", "F32", [1], 0,
+                4)),
         file("inner-white-space", "White space between tokens.", "S2", '{ "a" :\n' + _entry() + "}", F32[:4],
              ("a", "F32", [1], 0, 4)),
-        file("metadata", "Metadata, at the end of the header.", "S3", f'{{"a":{_entry()},"__metadata__":{{"k":"v"}}}}',
+        file("metadata", "Metadata, at the end of the header.", "S3",
+                f'{{"a":{_entry()},"__metadata__":{{"k":"v"}}}}',
              F32[:4], ("a", "F32", [1], 0, 4), metadata={"k": "v"}),
         file("any-order", "The header names tensors in another order than that of their data.", "S5",
-             f'{{"b":{_entry(offsets="[4,8]")},"a":{_entry()}}}', F32[:8], ("a", "F32", [1], 0, 4), ("b", "F32", [1], 4, 8)),
+             f'{{"b":{_entry(offsets="[4,8]")},"a":{_entry()}}}', F32[:8], ("a", "F32", [1], 0, 4), ("b", "F32",
+                     [1], 4, 8)),
         file("scalar", "A scalar has an empty shape.", "S4 S5", f'{{"a":{_entry(shape="[]")}}}', F32[:4],
              ("a", "F32", [], 0, 4)),
         file("empty-tensor", "A tensor without elements, between two others.", "S5",
-             f'{{"a":{_entry()},"e":{_entry(shape="[0,7]", offsets="[4,4]")},"b":{_entry(offsets="[4,8]")}}}', F32[:8],
+             f'{{"a":{_entry()},"e":{_entry(shape="[0,7]", offsets="[4,4]")},"b":{_entry(offsets="[4,8]")}}}',
+                     F32[:8],
              ("a", "F32", [1], 0, 4), ("e", "F32", [0, 7], 4, 4), ("b", "F32", [1], 4, 8)),
         file("sub-byte", "Two elements of 4 bits fill one byte.", "S4 S5",
              f'{{"a":{_entry("F4", "[2]", "[0,1]")}}}', b"\x21", ("a", "F4", [2], 0, 1)),
@@ -168,7 +178,9 @@ def _bad_lengths() -> list[Vector]:
         _bad("length-2-63", "A length of 2^63.", "S1", struct.pack("<Q", 2**63) + good[8:]),
         _bad("length-all-ones", "A length of 2^64 - 1, which 8 more would wrap.", "S1", b"\xff" * 8 + good[8:]),
         _bad("length-zero", "An empty header.", "S2", container(b"")),
-        _bad("big-endian-length", "A length in big-endian order.", "S1", struct.pack(">Q", len(good) - 12) + good[8:]),
+        _bad(
+            "big-endian-length", "A length in big-endian order.", "S1", struct.pack(">Q", len(good) - 12) + good[8:]
+        ),
         _bad("pickle", "The beginning of a pickle.", "S1", b"\x80\x02}q\x00X\x01\x00\x00\x00a"),
         _bad("truncated-data", "A byte is missing at the end.", "S5", good[:-1]),
         _bad("no-data", "The data are missing.", "S5", good[:-4]),
@@ -268,15 +280,15 @@ def _bad_entries() -> list[Vector]:
 
 def canonical_safetensors() -> list[Vector]:
     def described(tensors: list[Tensor], metadata: dict[str, str] | None) -> dict[str, Any]:
-        entries = [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "data": b64(t.data)} for t in tensors
-        ]
+        entries = [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "data": b64(t.data)} for t in tensors]
         return {"metadata": metadata or {}, "tensors": entries}
 
     def written(name: str, description: str, clauses: str, tensors: list[Tensor],
                 metadata: dict[str, str] | None = None) -> Vector:  # fmt: skip
         file = canonical_file(tensors, metadata)
-        return valid(name, description, clauses, described(tensors, metadata), {"base64": b64(file), "digest": digest(file)})
+        return valid(
+            name, description, clauses, described(tensors, metadata), {"base64": b64(file), "digest": digest(file)}
+        )
 
     def refused(name: str, description: str, clauses: str, *tensors: Tensor) -> Vector:
         return rejected(name, description, clauses, described(list(tensors), None))
@@ -305,7 +317,8 @@ def canonical_safetensors() -> list[Vector]:
         written("empty-tensors", "Tensors without elements, and a scalar.", "S6 S7",
                 [Tensor("e", "F32", (0, 3), b""), Tensor("s", "F32", (), F32[:4]), Tensor("d", "F64", (0,), b"")]),
         refused("same-name", "Two tensors of one name.", "S6", a, Tensor("a", "F16", (1,), b"\0\0")),
-        refused("reserved-name", "A tensor named as the metadata are.", "S6", Tensor("__metadata__", "U8", (1,), b"\0")),
+        refused("reserved-name", "A tensor named as the metadata are.", "S6", Tensor("__metadata__", "U8", (1,),
+                b"\0")),
         refused("path-name", "A name that leaves its directory.", "S3 S6", Tensor("../a", "U8", (1,), b"\0")),
         refused("unknown-dtype", "A dtype that nobody knows.", "S4 S6", Tensor("a", "Q9", (1,), b"\0")),
         refused("not-whole-bytes", "Three elements of 4 bits.", "S5 S6", Tensor("a", "F4", (3,), b"\0\0")),

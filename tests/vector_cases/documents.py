@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blake3 import blake3
+
 from vector_cases.primitives import Tensor, digest, identity, jcs, listing, sha256
 from vector_cases.record import Vector, b64, rejected, valid
 
@@ -100,12 +101,14 @@ def _identities() -> list[Vector]:
         identified("tied-head", "A tensor twice under two names: the same content_set.", [*BASE, HEAD], "B4"),
         identified("other-shape", "The same bytes in another shape.", [Tensor(W.name, "F32", (2, 1), W.data), V, N]),
         identified("other-dtype", "The same bytes as another dtype.", [Tensor(W.name, "I32", (1, 2), W.data), V, N]),
-        identified("other-bytes", "Other bytes: the same structure_root.", [Tensor(W.name, "F32", (1, 2), two(4)), V, N]),
+        identified("other-bytes", "Other bytes: the same structure_root.", [Tensor(W.name, "F32", (1, 2), two(4)),
+                V, N]),
         identified("scalar-and-empty", "A scalar and a tensor without elements.",
                    [Tensor("s", "F64", (), two(5)), Tensor("e", "U8", (0, 3), b"")]),
         identified("name-bytes", "Names go by UTF-8, where UTF-16 has another order.",
                    [Tensor("\U0001f600", "U8", (1,), b"\1"), Tensor("\ufb33", "U8", (1,), b"\2")], "B1 B2 B3"),
-        rejected("same-name", "Two tensors of one name.", "B2", {"operation": "identify", "tensors": _described([W, W])}),
+        rejected("same-name", "Two tensors of one name.", "B2", {"operation": "identify", "tensors": _described([W,
+                W])}),
     ]  # fmt: skip
 
 
@@ -170,7 +173,8 @@ def _base_manifests() -> list[Vector]:
                 lambda d: d["tensors"].update({"../a": d["tensors"].pop("ln.bias")})),
         refused("manifest-digest-upper", "A digest in upper case.", "B6 D1",
                 at(entry + "digest", "blake3:" + "A" * 64)),
-        *(dict(v, id="manifest-" + v["id"], input={"operation": "parse", **v["input"]}) for v in not_canonical(manifest)),
+        *(dict(v, id="manifest-" + v["id"], input={"operation": "parse",
+                **v["input"]}) for v in not_canonical(manifest)),
     ]  # fmt: skip
 
 
@@ -199,19 +203,19 @@ def recipes() -> list[Vector]:
     def terms(*pairs: tuple[int, str]) -> Edit:
         return at("terms", [{"adapter": ADAPTERS[i], "weight": weight} for i, weight in pairs])
 
-    weights = ("1", "-1", "0.1", "1e-7", "0.000001", "1e+21", "5e-324", "9007199254740993", "-0.30000000000000004")
+    weights = ("1", "-1", "0.1", "1e-7", "0.000001", "1e+21", "5e-324", "9007199254740992", "-0.30000000000000004")
     texts = ("", "0", "-0", "1.0", "+1", ".5", "1.", "01", "0.70", "7e-1", "1e21", "1E+21", "0x1", "1_0", "1 ", "nan",
-             "inf", "-Infinity", "1e400", "9007199254740993.5", "0.1000000000000000055", "\u0661")  # fmt: skip
-    # 2^53 + 1 is no double: as text of a weight it is not canonical either.
-    weights = tuple(weight for weight in weights if weight != "9007199254740993")
-    loose = {"1e21", "9007199254740993.5", "0.1000000000000000055", "0.70", "7e-1", "1.0", "1e400"}
+             "inf", "-Infinity", "1e400", "\u0661", *(loose := ("9007199254740993",
+                     "0.1000000000000000055")))  # fmt: skip
     return [
         parsed("two-terms", "Two terms.", "R1 R2 R3 R4 M1", lambda _: None),
         parsed("no-terms", "No terms: a merge that changes nothing.", "R1", at("terms", [])),
-        parsed("same-adapter", "An adapter twice, weights in order of their text.", "R1", terms((0, "-1"), (0, "0.5"))),
+        parsed("same-adapter", "An adapter twice, weights in order of their text.", "R1", terms((0, "-1"), (0,
+                "0.5"))),
         parsed("equal-terms", "A term twice: a + a is not 2a as a recipe.", "R1", terms((0, "1"), (0, "1"))),
         *(parsed(f"weight-{i}", f"The weight {w}.", "R2", terms((0, w))) for i, w in enumerate(weights)),
-        *(parsed(f"dtype-{d}", f"Floating tensors are stored as {d}.", "R4", at("dtype", d)) for d in ("BF16", "F16", "F32")),
+        *(parsed(f"dtype-{d}", f"Floating tensors are stored as {d}.", "R4", at("dtype", d)) for d in ("BF16",
+                "F16", "F32")),
         parsed("float64", "The arithmetic of edits with norms.", "R3", at("arithmetic", "loreg-f64-1")),
         parsed("mismatch", "The check of the base was overridden.", "R3", at("base_mismatch", True)),
         refused("terms-unsorted", "Terms in another order.", "R1", terms((1, "1"), (0, "1")), ()),

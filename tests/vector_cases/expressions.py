@@ -59,7 +59,8 @@ def references() -> list[Vector]:
                     ("No name.", ""), ("Upper case.", "Sql"), ("A leading dash.", "-sql"), ("A leading dot.", ".sql"),
                     ("A parent directory.", "../sql"), ("An inner parent.", "a/.."), ("Three parts.", "a/b/c"),
                     ("An empty owner.", "/sql"), ("An empty name.", "acme/"), ("A space.", "s ql"),
-                    ("A newline at the end.", "sql\n"), ("129 characters.", long + "a"), ("A letter beyond ASCII.", "é"),
+                    ("A newline at the end.", "sql\n"), ("129 characters.", long + "a"), ("A letter beyond ASCII.",
+                            "é"),
                     ("A plus sign.", "a+b"), ("A NUL.", "a\0"), ("A backslash.", "a\\b"), ("A tag alone.", ":prod"),
                 )
             )
@@ -69,9 +70,11 @@ def references() -> list[Vector]:
             for i, (description, text) in enumerate(
                 (
                     ("An empty tag.", "sql:"), ("Two tags.", "sql:a:b"), ("An upper-case tag.", "sql:Prod"),
-                    ("A tag with a slash.", "sql:a/b"), ("An empty digest.", "sql@"), ("Seven digits.", "sql@blake3:0123456"),
+                    ("A tag with a slash.", "sql:a/b"), ("An empty digest.", "sql@"), ("Seven digits.",
+                            "sql@blake3:0123456"),
                     ("65 digits.", f"sql@blake3:{HEX}0"), ("Upper-case digits.", "sql@blake3:0123456A"),
-                    ("Another algorithm.", "sql@sha256:01234567"), ("A digest without its algorithm.", "sql@01234567"),
+                    ("Another algorithm.", "sql@sha256:01234567"), ("A digest without its algorithm.",
+                            "sql@01234567"),
                     ("A tag and a digest.", "sql:prod@blake3:01234567"), ("A digest, no name.", "@blake3:01234567"),
                 )
             )
@@ -102,13 +105,15 @@ def expressions() -> list[Vector]:
         parsed("spaces", "Spaces around every sign.", "  2 * sql  +  .5 * humor ", (2.0, "sql"), (0.5, "humor")),
         parsed("tabs", "Tabs and newlines are spaces.", "sql\t+\nhumor", (1.0, "sql"), (1.0, "humor")),
         parsed("minus", "A difference.", "both - 0.5*humor", (1.0, "both"), (-0.5, "humor")),
-        parsed("minus-no-space-after", "A minus sign after a space needs none after it.", "a -b", (1.0, "a"), (-1.0, "b")),
+        parsed("minus-no-space-after", "A minus sign after a space needs none after it.", "a -b", (1.0, "a"), (-1.0,
+                "b")),
         parsed("dash-in-name", "Without a space before it a dash belongs to the name.", "a-b", (1.0, "a-b")),
         parsed("leading-minus", "A minus sign first.", "-sql", (-1.0, "sql")),
         parsed("leading-plus", "A plus sign first.", "+sql", (1.0, "sql")),
         parsed("number-forms", "The forms of a number.", "1.*a + .5*b + 1e-3*c + 2E+1*d", (1.0, "a"), (0.5, "b"),
                (0.001, "c"), (20.0, "d")),
-        parsed("nearest-double", "A weight is the nearest double.", "0.1000000000000000055511151231257827*a", (0.1, "a")),
+        parsed("nearest-double", "A weight is the nearest double.", "0.1000000000000000055511151231257827*a", (0.1,
+                "a")),
         parsed("references", "References of every form.", "a:v2 + x/y:prod - 2*c@blake3:01234567", (1.0, "a:v2"),
                (1.0, "x/y:prod"), (-2.0, "c@blake3:01234567")),
         parsed("name-of-digits", "A name may be all digits: a weight is followed by *.", "2*3", (2.0, "3")),
@@ -118,14 +123,16 @@ def expressions() -> list[Vector]:
         *refused(
             (
                 ("empty", "Nothing.", ""), ("blank", "A space.", " "), ("no-term-after", "A sign at the end.", "a +"),
-                ("sign-alone", "A sign alone.", "-"), ("two-signs", "Two signs.", "a + -0.5*b"), ("double", "--.", "--a"),
+                ("sign-alone", "A sign alone.", "-"), ("two-signs", "Two signs.", "a + -0.5*b"), ("double", "--.",
+                        "--a"),
                 ("no-sign", "No sign between two terms.", "a b"), ("no-star", "No * after a weight.", "0.5 a"),
                 ("no-adapter", "A weight without an adapter.", "0.5*"), ("two-weights", "Two weights.", "2*3*a"),
                 ("star-first", "A * first.", "*a"), ("product", "A product of adapters.", "a*b"),
                 ("parentheses", "Parentheses.", "2*(a+b)"), ("overflow", "A weight that no double holds.", "1e400*a"),
                 ("nan", "A weight that is no number.", "nan*a"), ("hexadecimal", "A hexadecimal weight.", "0x1p3*a"),
                 ("comma", "A decimal comma.", "0,5*a"), ("other-digits", "Digits beyond ASCII.", "\u0661*a"),
-                ("bad-reference", "A reference that is none.", "a + B"), ("no-break-space", "A no-break space.", "a\u00a0+ b"),
+                ("bad-reference", "A reference that is none.", "a + B"), ("no-break-space", "A no-break space.",
+                        "a\u00a0+ b"),
                 ("too-many", "1,025 terms.", "+".join(["a"] * 1025)),
                 ("digits", "Digits without an end: a matcher that backtracks is slow.", "1" * 4000),
             )

@@ -1,0 +1,173 @@
+"""Commands that do arithmetic, and those that check it: merge, unmerge, compose, verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loreg.cli import text
+from loreg.cli.adapters import version_document, version_text
+from loreg.cli.console import Console
+from loreg.cli.program import Command
+
+if TYPE_CHECKING:
+    from loreg.merge.verify import Verification
+
+_APPLY = click.option("--apply", "expression", metavar="EXPR", required=True, help="Such as 'sql + 0.5*humor'.")
+_OUT = click.option("--out", metavar="DIR", required=True, help="A directory that does not exist, or is empty.")
+_DEVICE = click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+
+
+@click.command(cls=Command)
+@_APPLY
+@_OUT
+@click.option("--base", metavar="PATH", help="The model to merge into. [default: the one the adapters name]")
+@click.option("--dtype", metavar="D", help="bfloat16, float16 or float32. [default: as the base has it]")
+@_DEVICE
+@click.option(
+    "--verify",
+    type=click.Choice(["probe", "exact", "forward", "none"]),
+    default="probe",
+    show_default=True,
+    help="How to check what was written.",
+)
+@click.option("--allow-base-mismatch", is_flag=True, help="Merge into another base than the adapters name.")
+@click.pass_obj
+def merge(console: Console, /, expression: str, out: str, **options: Any) -> None:
+    """Merge a weighted sum of adapters into their base, exactly.
+
+    \b
+      loreg merge --apply sql+humor --out ./model
+      loreg merge --apply "0.7*sql:prod - 0.3*humor" --out ./model --dtype bfloat16
+    """
+    with console.open() as registry, console.progress() as bar:
+        result = registry.merge(expression, out, progress=bar.stage, **options)
+    written = sum(tensor.nbytes for tensor in result.record.tensors)
+    document = {
+        "out": str(result.out),
+        "recipe": str(result.recipe),
+        "weights_root": str(result.weights_root),
+        "touched": list(result.touched),
+        "verification": verification_document(result.verification),
+        "seconds": result.seconds,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "undo_bytes": result.undo_bytes,
+        "bytes": written,
+    }
+    told = [
+        ("out", result.out),
+        ("recipe", result.recipe),
+        ("weights_root", result.weights_root),
+        ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
+        ("verified", verification_text(result.verification)),
+        (
+            "took",
+            f"{result.seconds:.2f} s for {text.size(written)}, {text.size(written / max(result.seconds, 1e-9))}/s; "
+            f"at most {text.size(result.peak_rss_bytes)} of memory",
+        ),
+    ]
+    console.emit(document, text.fields(told))
+
+
+@click.command(cls=Command)
+@click.argument("merged", metavar="DIR")
+@_OUT
+@click.option("--base", metavar="PATH", help="The model that it was merged from. [default: the registered one]")
+@click.pass_obj
+def unmerge(console: Console, merged: str, out: str, base: str | None) -> None:
+    """Give back the base of a merged model, bit for bit.
+
+    \b
+      loreg unmerge ./model --out ./base
+    """
+    with console.open() as registry, console.progress() as bar:
+        result = registry.unmerge(merged, out, base=base, advance=bar.stage("unmerging", 0))
+    document = {
+        "out": str(result.out),
+        "weights_root": str(result.weights_root),
+        "matches_base": result.matches_base,
+        "method": result.method,
+    }
+    told = [
+        ("out", result.out),
+        ("weights_root", result.weights_root),
+        ("is the base", "yes, bit for bit" if result.matches_base else "no"),
+        ("method", result.method),
+    ]
+    console.emit(document, text.fields(told))
+    _exit_unless(result.matches_base)
+
+
+@click.command(cls=Command)
+@_APPLY
+@click.option("--name", metavar="N", required=True, help="What to call the result.")
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "svd"]),
+    default="linear",
+    show_default=True,
+    help="Keep every term, exactly; or truncate to --rank.",
+)
+@click.option("--rank", type=int, metavar="R", help="The rank to truncate to.")
+@_DEVICE
+@click.option("--tag", "tags", metavar="T", multiple=True, help="Point this tag at it too; may be repeated.")
+@click.option("--note", "-m", metavar="NOTE", help="A line for the log.")
+@click.pass_obj
+def compose(console: Console, /, expression: str, name: str, **options: Any) -> None:
+    """Store a weighted sum of adapters as an adapter.
+
+    \b
+      loreg compose --apply "0.7*sql + 0.3*humor" --name both --method svd --rank 16
+    """
+    with console.open() as registry:
+        composed = registry.compose(expression, name, **options)
+    told = text.fields([("relative error", f"{composed.relative_error:.3g}")])
+    console.emit(
+        {**version_document(composed.version), "relative_error": composed.relative_error},
+        f"{version_text(composed.version)}\n{told}",
+    )
+
+
+@click.command(cls=Command)
+@click.argument("subject", metavar="REF|DIR")
+@click.option(
+    "--kind",
+    type=click.Choice(["probe", "exact", "forward"]),
+    default="probe",
+    show_default=True,
+    help="How to check a merged model.",
+)
+@click.option("--base", metavar="PATH", help="The model that it was merged from. [default: the registered one]")
+@click.pass_obj
+def verify(console: Console, subject: str, kind: str, base: str | None) -> None:
+    """Check a merged model, or a stored version.
+
+    \b
+      loreg verify ./model --kind exact
+      loreg verify sql:prod
+    """
+    with console.open() as registry, console.progress() as bar:
+        result = registry.verify(subject, kind=kind, base=base, advance=bar.stage("verifying", 0))
+    outcome = click.style("ok", fg="green") if result.ok else click.style("not ok", fg="red")
+    console.emit(verification_document(result), f"{outcome}: {text.legible(subject)}, {verification_text(result)}")
+    _exit_unless(result.ok)
+
+
+def verification_document(result: Verification) -> dict[str, Any]:
+    checks = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in result.checks]
+    return {"ok": result.ok, "kind": result.kind, "checks": checks}
+
+
+def verification_text(result: Verification) -> str:
+    """The kind, and a line for each check: what was found."""
+    if not result.checks:
+        return "nothing, as asked"
+    lines = [f"{'+' if check.ok else '-'} {check.name}: {check.detail}" for check in result.checks]
+    return "\n".join([f"{result.kind}, {text.plural(len(lines), 'check')}", *map(text.legible, lines)])
+
+
+def _exit_unless(ok: bool) -> None:
+    """Exit code 1 for a check that says no; what it found is printed already."""
+    if not ok:
+        click.get_current_context().exit(1)

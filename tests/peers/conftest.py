@@ -1,0 +1,37 @@
+"""Bases and adapters for the tests against PEFT and transformers: each is made once in a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT asks the Hub for the config of a base that it cannot find
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from peer_models import save_base
+
+import loreg
+from loreg.registry import Registry
+
+BaseOf = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> BaseOf:
+    """(family, dtype) → the directory of a tiny model."""
+    root = tmp_path_factory.mktemp("bases")
+
+    @cache
+    def make(family: str, dtype: str) -> Path:
+        return save_base(family, dtype, root / f"{family}-{dtype}")
+
+    return make
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with loreg.open(tmp_path / "home") as opened:
+        yield opened

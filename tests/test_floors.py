@@ -1,0 +1,116 @@
+"""The floors of the house (spec/architecture.md): a file imports only from lower ones. Read from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "loreg"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Room → floor. A room may import from lower floors and from itself; `format` and `algebra` share a floor and
+# therefore never import each other.
+FLOORS = {
+    "errors": 0,
+    "digest": 1,
+    "format": 2,
+    "algebra": 2,
+    "tensors": 3,
+    "checkpoint": 3,
+    "staging": 3,
+    "store": 3,
+    "hub": 3,
+    "catalog": 3,
+    "adapters": 4,
+    "merge": 5,
+    "registry": 6,
+    "serving": 7,
+    "cli": 8,
+}
+# Heavy or foreign libraries, and the only rooms that may name them.
+ALLOWED = {
+    "torch": {"algebra", "tensors", "adapters", "merge", "registry", "serving"},
+    "numpy": {"algebra", "adapters"},
+    "sqlalchemy": {"catalog", "registry"},
+    "alembic": {"catalog"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "huggingface_hub": {"hub"},
+    "transformers": {"merge"},
+    "peft": set(),
+    "safetensors": set(),
+    "blake3": {"digest", "format"},
+    "rfc8785": {"format"},
+}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which floor they reach"
+            yield node.module or ""
+            if node.module == "loreg":
+                yield from (f"loreg.{alias.name}" for alias in node.names)
+
+
+def modules() -> list[Path]:
+    return [path for path in FILES if room(path) not in ("__init__", "migrations")]
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(path) for path in modules()} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_from_lower_floors(path: Path) -> None:
+    here = room(path)
+    for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        library, _, rest = name.partition(".")
+        if library in ALLOWED:
+            assert here in ALLOWED[library], f"{path.name} imports {name}"
+        if library != "loreg" or not rest:
+            continue
+        other = rest.partition(".")[0]
+        if other.startswith("__"):
+            continue  # loreg.__version__ and the like: the package itself, which imports nothing
+        assert other == here or FLOORS[other] < FLOORS[here], f"{here} (floor {FLOORS[here]}) imports loreg.{other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_readable(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 420
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 75, f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("loreg", "torch sqlalchemy huggingface_hub numpy click rich alembic"),
+        ("loreg.format.manifest", "torch sqlalchemy huggingface_hub numpy"),
+        ("loreg.store", "torch sqlalchemy numpy"),
+        ("loreg.catalog", "torch numpy huggingface_hub alembic"),
+        ("loreg.hub", "torch sqlalchemy huggingface_hub"),
+        ("loreg.registry", "torch huggingface_hub alembic"),
+        ("loreg.cli", "torch sqlalchemy huggingface_hub numpy rich alembic"),
+    ],
+)
+def test_imports_are_light(module: str, unwanted: str) -> None:
+    probe = f"import sys, {module}; print(*sorted(set({unwanted.split()!r}) & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
