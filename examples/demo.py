@@ -73,7 +73,8 @@ def main_job() -> None:
 
 def other_base(base: str) -> None:
     """Identify and show another base; there is nothing here to apply to it."""
-    add_base(base, "other")
+    # The commands run in ROOT, but a path was typed in the caller's own directory.
+    add_base(os.path.relpath(base, ROOT) if Path(base).exists() else base, "other")
     run("loreg base show other")
     print("\nThe adapters in examples/adapters belong to SmolLM2-135M-Instruct, so nothing is merged into this base.")
 

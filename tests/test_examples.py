@@ -49,10 +49,11 @@ def test_the_demo_gives_the_base_back(demo: str) -> None:
 
 def test_the_adapters_visibly_change_the_text(demo: str) -> None:
     """Two prompts; what the four models complete for each is not all the same, and the sum is not the base."""
-    blocks = re.split(r"^prompt:? .*$", demo, flags=re.MULTILINE)[1:]
-    assert len(blocks) == 2
-    for block in blocks:
-        answers = dict(re.findall(r"^ *(base|sql|humor|sql\+humor) +(.+)$", block, re.MULTILINE))
+    answered = demo.partition("examples/complete.py")[2].partition("loreg unmerge")[0]
+    prompts = re.split(r"^\S.*[?.]$", answered, flags=re.MULTILINE)[1:]
+    assert len(prompts) == 2
+    for prompt in prompts:
+        answers = dict(re.findall(r"^  (base|sql|humor|sql\+humor) +(.+)$", prompt, re.MULTILINE))
         assert set(answers) == {"base", "sql", "humor", "sql+humor"}
         assert answers["base"] != answers["sql+humor"]
         assert len(set(answers.values())) >= 3

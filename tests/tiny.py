@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from math import prod, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +93,16 @@ def merged(W: Tensor, terms: Iterable[tuple[float, Array, Array]], dtype: str | 
     for (i, j), w in np.ndenumerate(W.values if len(W.shape) == 2 else W.values.reshape(-1, 1)):
         exact = Fraction(float(w))
         for c, A, B in terms:
-            dot = sum((Fraction(float(b)) * Fraction(float(a)) for b, a in zip(B[i], A[:, j], strict=True)), Fraction())
-            exact += Fraction(c) * dot
+            for b, a in zip(B[i], A[:, j], strict=True):
+                exact += Fraction(c) * Fraction(float(b)) * Fraction(float(a))
         negative = exact < 0 or (exact == 0 and w == 0 and bool(np.signbit(w)))
         out.append(encode(rounded(exact, target), target, negative))
     return Tensor(target, W.shape, b"".join(out))
 
 
-def container(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None, pad: int = 0) -> bytes:
+def container(
+    tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None, pad: int = 0
+) -> bytes:
     """A safetensors file with the tensors in this order, and ``pad`` spaces behind its header."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position, body = 0, b""
@@ -219,7 +221,9 @@ def model(seed: int = 0, dtype: str = "BF16", rows: int = 8, cols: int = 6) -> d
     }
 
 
-def factors(rng: np.random.Generator, rows: int, cols: int, rank: int, dtype: str = "F32", std: float = 0.1) -> Factors:
+def factors(
+    rng: np.random.Generator, rows: int, cols: int, rank: int, dtype: str = "F32", std: float = 0.1
+) -> Factors:
     return Factors(normal(rng, dtype, rank, cols, std=std), normal(rng, dtype, rows, rank, std=std))
 
 
@@ -227,7 +231,3 @@ def adapter(seed: int = 1, rank: int = 2, dtype: str = "F32", rows: int = 8, col
     """Factors for the two matrices of ``model``."""
     rng = np.random.default_rng(seed)
     return {Q: factors(rng, rows, cols, rank, dtype), V: factors(rng, cols, cols, rank, dtype)}
-
-
-def elements(value: Tensor) -> int:
-    return prod(value.shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 from loreg.adapters import names
 from loreg.adapters.draft import Draft, DraftModule, RawTensor
-from loreg.errors import BadInput
+from loreg.errors import BadInput, Unsupported
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.module import IN_OUT, OUT_IN
 
@@ -51,14 +51,15 @@ class Binding:
 def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> Binding:
     """Tie ``draft`` to a checkpoint with these ``tensors`` and this ``config.json``.
 
-    Raises BadInput naming the first module or tensor that has no place in the checkpoint, or does not fit it.
+    Raises BadInput naming the first module or tensor that has no place in the checkpoint, or does not fit it;
+    Unsupported for a head that the base does not store because it is tied to the embedding.
     """
     weights = {path: f"{path}.weight" for path in draft.modules}
     biases = {path: f"{path}.bias" for path, module in draft.modules.items() if module.bias is not None}
     found = names.resolve([*weights.values(), *biases.values(), *draft.full], tensors)
     for wanted in (*weights.values(), *biases.values()):
         if wanted not in found:
-            raise BadInput(_missing(wanted, tensors, config))
+            raise _missing(wanted, tensors, config)
     modules = {
         path: BoundModule(
             draft=module,
@@ -83,7 +84,7 @@ def _full(
         module = name.rpartition(".")[0]
         added = name not in found
         if added and not any(part in draft.saved_modules for part in name.split(".")):
-            raise BadInput(_missing(name, tensors, config))
+            raise _missing(name, tensors, config)
         target = found.get(name, name)
         if target in full:
             raise BadInput(f"Two tensors of the adapter would replace {target!r}: expected one.")
@@ -122,14 +123,14 @@ def _kind(module: DraftModule, orientation: str) -> str:
     return "linear" if orientation == OUT_IN else "conv1d"
 
 
-def _missing(name: str, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> str:
+def _missing(name: str, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> BadInput:
     if name.endswith("lm_head.weight") and config.get("tie_word_embeddings", True):
-        return (
+        return Unsupported(
             f"The adapter adapts {name!r}, which this base does not store: the head is tied to the embedding. "
             "Tied heads are not handled yet; nothing was stored."
         )
     example = min(tensors)
-    return (
+    return BadInput(
         f"The adapter has {name!r}, and the base has no such tensor (it has {len(tensors)}, such as {example!r}); "
         "was the adapter trained on another base?"
     )

@@ -15,7 +15,10 @@ from loreg.tensors import NAMES, TORCH, from_buffer, to_memory
 
 def tensor_of(raw: RawTensor) -> torch.Tensor:
     """The tensor on the CPU, in memory of its own."""
-    return from_buffer(bytearray(b"".join(raw.chunks())), TORCH[raw.dtype], raw.shape)
+    buffer = bytearray()
+    for chunk in raw.chunks():  # not b"".join: it collects all chunks first, and they are one buffer
+        buffer += chunk
+    return from_buffer(buffer, TORCH[raw.dtype], raw.shape)
 
 
 def raw_of(key: str, tensor: torch.Tensor) -> RawTensor:

@@ -38,6 +38,9 @@ _REFUSED_KEYS = {
     "vera_lambda": "VeRA",
     "ia3_l": "(IA)³",
     "oft_": "OFT",
+    # PEFT saves the biases of a saved module three times then, the untrained ones among them.
+    ".original_module.": "bias='all' beside modules_to_save",
+    ".modules_to_save.": "bias='all' beside modules_to_save",
 }
 
 # Fields that say how it was trained, or where; they do not change what the saved tensors mean.
@@ -152,7 +155,7 @@ def _group(
         elif "lora_" in name:
             raise Unsupported(f"Tensor {key!r} is none of the parts of a LoRA that are handled yet.")
         else:
-            full[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            full[name.replace(".base_layer.", ".")] = tensor
     return {path: _module(path, found, config) for path, found in parts.items()}, full
 
 

@@ -196,6 +196,6 @@ class Screen:
 
 
 def _either_half(doubtful: Tensor) -> Tensor:
-    """Non-zero where one of two neighbouring booleans is true: the pair seen as one integer, which is five
-    times faster than a reduction over two."""
+    """Non-zero where one of two neighbouring booleans is true: the pair seen as one integer, which takes a
+    third of the time of a reduction over two."""
     return doubtful.view(torch.int16)

@@ -42,6 +42,7 @@ def add_base(
     now: datetime,
     hub_repo: str | None = None,
     hub_commit: str | None = None,
+    hub_files: str | None = None,
     path: str | None = None,
 ) -> BaseRow:
     """The base of that name. The same weights again update the path and the hub pin where they are given.
@@ -67,7 +68,7 @@ def add_base(
             f"found {weights_root}; add it under another name."
         )
     if hub_repo is not None:
-        row.hub_repo, row.hub_commit = hub_repo, hub_commit
+        row.hub_repo, row.hub_commit, row.hub_files = hub_repo, hub_commit, hub_files
     if path is not None:
         row.path = path
     s.flush()

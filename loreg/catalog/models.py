@@ -200,6 +200,7 @@ class BaseRow(Model):
     content_set: Mapped[Digest]
     hub_repo: Mapped[str | None]
     hub_commit: Mapped[str | None]
+    hub_files: Mapped[str | None]
     path: Mapped[str | None]
     tensors: Mapped[int]
     bytes: Mapped[int]

@@ -42,10 +42,9 @@ def push(
         version = registry.push(
             path, base=base, name=name, tags=tags, format=format, note=note, advance=bar.stage("hashing the base", 0)
         )
-    left_out = ", ".join(version.left_out)
     console.emit(
         {**version_document(version), "left_out": list(version.left_out)},
-        "\n".join([version_text(version), *([text.legible(f"not stored: {left_out}")] if left_out else [])]),
+        version_text(version, ("not stored", ", ".join(version.left_out))),
     )
 
 
@@ -230,8 +229,8 @@ def version_document(version: Version) -> dict[str, Any]:
     }
 
 
-def version_text(version: Version) -> str:
-    """What people are told of it."""
+def version_text(version: Version, *more: tuple[str, object]) -> str:
+    """What people are told of it, and what the command has to say beside."""
     manifest = version.manifest
     told = [
         ("version", f"{version}" if version.created else f"{version} (the same content was there already)"),
@@ -242,7 +241,7 @@ def version_text(version: Version) -> str:
             f"rank {manifest.rank}, {text.plural(len(manifest.modules), 'module')}, {text.size(manifest.nbytes)}",
         ),
     ]
-    return text.fields(told)
+    return text.fields([*told, *more])
 
 
 def row_document(row: VersionRow) -> dict[str, Any]:

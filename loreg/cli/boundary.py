@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
@@ -30,13 +28,10 @@ class Boundary:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, SystemExit):
+        # click itself answers a closed pipe with SystemExit, quietly.
+        if error is None or isinstance(error, SystemExit):
             return False
-        if error is not None and not isinstance(error, BrokenPipeError):
-            self._report(error)
-        if error is not None:
-            self.code = self.code or 1
-        _give_up_on_a_broken_stdout()
+        self._report(error)
         return True
 
     def _report(self, error: BaseException) -> None:
@@ -45,9 +40,8 @@ class Boundary:
             # The parser may have stopped before it came to --json.
             console.json = console.json or "--json" in self._arguments
         name, message, self.code = describe(error)
-        if console.debug:
-            console.complain("".join(traceback.format_exception(error)).rstrip())
-        console.fail(name, message, self.code)
+        trace = "".join(traceback.format_exception(error)) if console.debug else ""
+        console.fail(name, message, self.code, trace)
 
 
 def describe(error: BaseException) -> tuple[str, str, int]:
@@ -66,11 +60,3 @@ def describe(error: BaseException) -> tuple[str, str, int]:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     kind = type(error).__name__
     return kind, f"unexpected {kind}: {reason or 'no reason given'}; run it again with --debug to see where.", 1
-
-
-def _give_up_on_a_broken_stdout() -> None:
-    """Python flushes stdout once more as it exits, and would complain of a closed pipe or a full disk again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loreg.cli.progress import ProgressBar
-from loreg.cli.text import legible, shorten
+from loreg.cli.text import is_terminal, legible, shorten
 
 if TYPE_CHECKING:
     from loreg.registry import Registry
@@ -26,14 +27,22 @@ class Console:
     debug: bool = False
     home: str | None = None
 
+    @property
+    def watched(self) -> bool:
+        """Whether a person looks on: stderr is a terminal, and the result is not for a program."""
+        return not self.json and is_terminal(sys.stderr)
+
     def open(self) -> Registry:
         from loreg.registry import open as open_registry
 
+        if not self.watched:
+            # The Hub's client draws bars into any stderr, log files too; it reads this when it is imported.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         return open_registry(self.home)
 
     def progress(self) -> ProgressBar:
-        """Bars on stderr, for people only: a terminal that is not reading JSON."""
-        return ProgressBar(shown=not self.json and sys.stderr.isatty())
+        """Bars on stderr, for people only."""
+        return ProgressBar(shown=self.watched)
 
     def emit(self, document: Mapping[str, Any], text: str) -> None:
         """The result: ``document`` with ``--json``, else ``text``, with digests short."""
@@ -42,14 +51,13 @@ class Console:
         elif text:
             click.echo(shorten(text), color=_color())
 
-    def complain(self, text: str) -> None:
-        """To the person, on stderr."""
-        click.echo(text, err=True, color=_color())
-
-    def fail(self, kind: str, message: str, code: int) -> None:
-        """An error: for people on stderr, and with ``--json`` for programs on stdout."""
-        self.complain(f"{click.style('loreg:', fg='red', bold=True)} {legible(message)}")
-        if self.json:
+    def fail(self, kind: str, message: str, code: int, trace: str = "") -> None:
+        """An error: ``trace`` and a sentence for people on stderr, and with ``--json`` an object on stdout."""
+        sentence = f"{click.style('loreg:', fg='red', bold=True)} {legible(message)}"
+        # A full disk or a closed pipe may be what the error is about: the exit code tells it all the same.
+        with suppress(OSError):
+            click.echo(trace + sentence, err=True, color=_color())
+        with suppress(OSError):
             self.emit({"error": {"type": kind, "message": message, "exit_code": code}}, "")
 
 

@@ -122,10 +122,9 @@ def compose(console: Console, /, expression: str, name: str, **options: Any) -> 
     """
     with console.open() as registry:
         composed = registry.compose(expression, name, **options)
-    told = text.fields([("relative error", f"{composed.relative_error:.3g}")])
     console.emit(
         {**version_document(composed.version), "relative_error": composed.relative_error},
-        f"{version_text(composed.version)}\n{told}",
+        version_text(composed.version, ("relative error", f"{composed.relative_error:.3g}")),
     )
 
 

@@ -113,7 +113,6 @@ class Program(Group):
         extra["obj"] = Console()
         with Boundary(extra["obj"], arguments) as boundary:
             boundary.code = super().main(arguments, "loreg", complete_var, standalone_mode=False, **extra) or 0
-            sys.stdout.flush()
         sys.exit(boundary.code)
 
 

@@ -7,12 +7,18 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from typing import TextIO
 
 import click
 
 _DIGEST = re.compile(r"(blake3:[0-9a-f]{12})[0-9a-f]{52}")
 _AGES = ((365 * 86400, "y"), (30 * 86400, "mo"), (7 * 86400, "w"), (86400, "d"), (3600, "h"), (60, "min"))
 _GAP = "  "
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at it. A program that was started without a stream has None in its place."""
+    return stream is not None and stream.isatty()
 
 
 def shorten(text: str) -> str:
@@ -64,7 +70,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterab
     """Aligned columns; those in ``right`` to the right. On a terminal, column ``give`` is cut until a line fits."""
     cells = [[legible(shorten(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         excess = sum(widths) + len(_GAP) * (len(widths) - 1) - shutil.get_terminal_size().columns
         widths[give] = max(min(widths[give], len(header[give]), 8), widths[give] - max(0, excess))
     rightwards = frozenset(right)

@@ -9,6 +9,7 @@ import torch
 from loreg.algebra.edits import WeightedSum
 from loreg.checkpoint import Checkpoint, StoredTensor, describe
 from loreg.digest import Digest
+from loreg.errors import BadInput
 from loreg.format.recipe import DTYPES
 from loreg.format.safetensors import TensorInfo
 from loreg.merge.inputs import mapped
@@ -54,11 +55,14 @@ def _leaf(stored: StoredTensor) -> Digest:
     return describe(stored.info, Digest.of(to_memory(_tensor(stored)))).leaf
 
 
-def _converted(stored: StoredTensor, dtype: str) -> Digest:
-    """The leaf that the tensor would have as ``dtype``, each element correctly rounded."""
+def _converted(stored: StoredTensor, dtype: str) -> Digest | None:
+    """The leaf that the tensor would have as ``dtype``, each element correctly rounded; None if one does not fit."""
     info = stored.info
     if info.dtype not in DTYPES:
-        return describe(info, Digest.of(b"")).leaf
-    values = WeightedSum().apply(_tensor(stored).reshape(-1), TORCH[dtype])
+        return None
+    try:
+        values = WeightedSum().apply(_tensor(stored).reshape(-1), TORCH[dtype])
+    except BadInput:
+        return None
     raw = to_memory(values)
     return describe(TensorInfo(info.name, dtype, info.shape, 0, len(raw)), Digest.of(raw)).leaf

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from loreg.checkpoint import Advance
 from loreg.digest import Digest
-from loreg.errors import CheckFailed
+from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, identify
 from loreg.format.recipe import MergeRecord
 from loreg.merge.execute import execute
@@ -75,9 +74,21 @@ def write_merge(
         verification = verify(folder, record)
         if not verification.ok:
             raise CheckFailed(f"The merge was written and does not verify, so it was removed: {verification.reason}.")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     touched = tuple(sorted(tensor.info.name for tensor in plan.changed))
-    return MergeResult(out, record, touched, verification, time.monotonic() - began, peak)
+    return MergeResult(out, record, touched, verification, time.monotonic() - began, _peak_rss())
+
+
+def _peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes.
+
+    Not ``getrusage``'s, which after an exec still holds the size of the process that forked.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _record(plan: MergePlan, digests: dict[str, Digest]) -> MergeRecord:
@@ -112,7 +123,12 @@ def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> Non
 
 
 def _restate_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_bytes())
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BadInput(f"config.json of the base is not JSON, so its dtype cannot be restated: {error}.") from error
+    if not isinstance(config, dict):
+        raise BadInput("config.json of the base is not an object, so its dtype cannot be restated.")
     for key in {"torch_dtype", "dtype"} & set(config):
         config[key] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

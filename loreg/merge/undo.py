@@ -16,6 +16,7 @@ from loreg.errors import BadInput, CheckFailed
 from loreg.format.base import BaseManifest
 from loreg.format.recipe import MergeRecord
 from loreg.merge.execute import copy_range
+from loreg.merge.output import RECORD
 from loreg.merge.verify import check_files
 from loreg.staging import staged, sync_tree
 
@@ -42,6 +43,8 @@ def unmerge_from_base(
             finally:
                 os.close(descriptor)
         beside = base.side_files() + ([base.index.relative_to(base.root)] if base.index else [])
+        if (base.root / RECORD).is_file():  # a base that is itself a merge keeps saying so
+            beside.append(Path(RECORD))
         for relative in beside:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.root / relative, folder / relative)

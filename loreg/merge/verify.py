@@ -3,7 +3,7 @@
 Three kinds. ``probe`` re-reads everything that was written: leaves of what was not touched; for what was,
 W'x against Wx + Σ c·B(Ax) in float64 for a few x, and some rows element by element, each within the bound
 that one rounding allows. ``exact`` recomputes every touched tensor and compares digests. ``forward``
-(``forward.py``) runs both models.
+(``forward.py``) does what ``probe`` does, and runs both models.
 
 A random x alone would be weak: over n columns the allowed error grows with n and a delta's effect with √n. So
 half of the x lie in the row space of A, where a delta shows whole, and the sampled rows leave it nowhere to
@@ -99,7 +99,7 @@ def verify(kind: str, subject: Subject, advance: Advance) -> Verification:
     if kind == "forward":
         from loreg.merge.forward import compare_outputs
 
-        return Verification(kind, (*_leaves(subject, advance), *compare_outputs(subject)))
+        return Verification(kind, (*_leaves(subject, advance), _touched(subject, _probe), *compare_outputs(subject)))
     judge = _probe if kind == "probe" else _recompute
     return Verification(kind, (*_leaves(subject, advance), _touched(subject, judge)))
 
@@ -125,15 +125,33 @@ def _leaves(subject: Subject, advance: Advance) -> list[Check]:
     base = subject.base_manifest
     if identify(base.tensors).weights_root != subject.record.recipe.base:
         return [files, Check("base", False, f"the base at hand is not {subject.record.recipe.base}")]
-    edits = subject.edits()
-    converted = subject.record.recipe.dtype
+    edits, expected = subject.edits(), _layout(subject)
     written = {tensor.name: tensor for tensor in subject.record.tensors}
-    untouched = [t for t in base.tensors if t.name not in edits and not (converted and t.dtype in DTYPES)]
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()}
+    if found != expected:
+        name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        detail = f"expected {name!r} as {expected.get(name)}, found {found.get(name)}"
+        return [files, Check("layout", False, detail)]
+    untouched = [t for t in base.tensors if t.name not in edits and expected[t.name][0] == t.dtype]
     differing = [tensor.name for tensor in untouched if written.get(tensor.name) != tensor]
     if differing:
         detail = f"{len(differing)} tensors that no adapter touches differ from the base: {differing[0]!r}"
         return [files, Check("untouched", False, detail)]
     return [files, Check("untouched", True, f"{len(untouched)} tensors are the base's own, byte for byte")]
+
+
+def _layout(subject: Subject) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of every tensor that the recipe makes of the base."""
+    converted = subject.record.recipe.dtype
+    layout = {
+        name: (value.dtype, value.shape)
+        for adapter in subject.adapters
+        for name, value in ((name, full.value) for name, full in adapter.manifest.full.items())
+    }
+    for tensor in subject.base_manifest.tensors:
+        dtype = converted if converted is not None and tensor.dtype in DTYPES else tensor.dtype
+        layout[tensor.name] = dtype, tensor.shape
+    return layout
 
 
 def _touched(subject: Subject, judge: Callable[[StoredTensor, StoredTensor, WeightedSum, int], str]) -> Check:

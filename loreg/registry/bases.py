@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -64,6 +65,9 @@ class Bases:
 
     def add(self, source: str | Path, name: str | None, revision: str | None, advance: Advance) -> Base:
         """Hash the model at ``source`` (a path, or a Hub id) and register it. See ``Registry.add_base``."""
+        return self.register(self._look(source, name, revision, advance))
+
+    def _look(self, source: str | Path, name: str | None, revision: str | None, advance: Advance) -> Base:
         path, hub = _locate(source, revision)
         checkpoint = Checkpoint.open(path)
         manifest = checkpoint.manifest(self.cache, advance)
@@ -71,35 +75,40 @@ class Bases:
         chosen = (
             check_name(name) if name is not None else self._free_name(_suggest(source, hub), identity.weights_root)
         )
-        blob = PendingBlob.of(manifest.dump())
+        return Base(chosen, manifest, path.resolve(), hub, _recipe_beside(path, identity.weights_root))
+
+    def register(self, base: Base) -> Base:
+        """Write a base that was looked at into the catalog; one that is there is brought up to date."""
+        identity, blob = base.manifest.identity, PendingBlob.of(base.manifest.dump())
         self._storage.commit(
             [blob],
             lambda session: queries.add_base(
                 session,
-                chosen,
+                base.name,
                 manifest=blob.digest,
                 weights_root=identity.weights_root,
                 structure_root=identity.structure_root,
                 content_set=identity.content_set,
-                tensors=len(manifest.tensors),
-                bytes=manifest.nbytes,
+                tensors=len(base.manifest.tensors),
+                bytes=base.manifest.nbytes,
                 now=utcnow(),
-                hub_repo=hub.repo if hub else None,
-                hub_commit=hub.commit if hub else None,
-                path=str(path.resolve()),
+                hub_repo=base.hub.repo if base.hub else None,
+                hub_commit=base.hub.commit if base.hub else None,
+                hub_files=json.dumps(dict(base.hub.files)) if base.hub else None,
+                path=str(base.path) if base.path else None,
             ),
         )
-        return Base(chosen, manifest, path.resolve(), hub, _recipe_beside(path, identity.weights_root))
+        return base
 
     def find(self, spec: str | Path, advance: Advance) -> Base:
-        """A base by its name, its path or its Hub id; one that is not registered yet is registered."""
+        """A base by its name, its path or its Hub id. Writes nothing: ``register`` it once it is accepted."""
         if isinstance(spec, str):
             with self._database.read() as session:
                 row = queries.find_base(session, name=spec)
             if row is not None:
                 return self._load(row)
         try:
-            return self.add(spec, None, None, advance)
+            return self._look(spec, None, None, advance)
         except (NotFound, RemoteError) as error:
             # Mistyped, most likely: say what there is, besides what became of looking it up.
             known = ", ".join(row.name for row in self.all()) or "none"
@@ -133,7 +142,9 @@ class Bases:
         manifest = BaseManifest.parse(self._storage.read(row.manifest))
         if manifest.identity.weights_root != row.weights_root:
             raise BadInput(f"The manifest of base {row.name!r} does not have its weights_root; run 'loreg fsck'.")
-        hub = HubPin(row.hub_repo, row.hub_commit, {}) if row.hub_repo and row.hub_commit else None
+        hub = None
+        if row.hub_repo and row.hub_commit:
+            hub = HubPin(row.hub_repo, row.hub_commit, json.loads(row.hub_files or "{}"))
         path = Path(row.path) if row.path else None
         return Base(row.name, manifest, path, hub, _recipe_beside(path, row.weights_root))
 

@@ -144,6 +144,7 @@ class Registry:
         binding = bind(draft, known.manifest.by_name(), config)
         leaves = packing.touched(known.manifest, packing.bound_tensors(binding))
         manifest, blobs = packing.pack(draft, binding, replace(known.reference(), touched=leaves))
+        self.bases.register(known)
         version = self.commit_version(chosen, manifest, blobs, wanted, note)
         return replace(version, left_out=draft.left_out)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
-from loreg.format.base import BaseManifest
+from loreg.format.base import BaseManifest, BaseReference
 from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import parse_expression
@@ -27,6 +26,7 @@ from loreg.merge.verify import KINDS, Check, Subject, Verification, require_reco
 from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, Version, silent
+from loreg.staging import scratch
 
 if TYPE_CHECKING:
     from loreg.registry.bases import LeafCache
@@ -126,42 +126,59 @@ def merge(
 def _base_for(
     registry: Registry, adapters: Sequence[AdapterInput], base: str | Path | None, out: Path, stage: Progress
 ) -> Iterator[tuple[Checkpoint, BaseManifest]]:
-    """The base to merge into: the one given, else the adapters' own, else that one made anew from its recipe."""
+    """The base to merge into: the one given, else the adapters' own, which must then be one."""
     if base is not None:
         given = registry.bases.find(base, stage("hashing", 0))
         yield _open_checked(given, registry.bases.cache, stage)
+        registry.bases.register(given)  # only after a merge: a base that was refused leaves no trace
         return
-    reference = adapters[0].manifest.base
-    known = registry.bases.of_root(reference.identity.weights_root)
+    weighted = [adapter for adapter in adapters if adapter.weight != 0] or adapters
+    references = [adapter.manifest.base for adapter in weighted]
+    first = references[0]
+    if other := next((r for r in references if r.identity.weights_root != first.identity.weights_root), None):
+        # To take the first one's would make a + b another model than b + a.
+        raise BaseMismatch(
+            f"The adapters were trained on {first.name!r} ({first.identity.weights_root}) and on {other.name!r} "
+            f"({other.identity.weights_root}): say which one to merge into with --base."
+        )
+    with _recorded(registry, first.identity.weights_root, references, out, stage) as found:
+        yield found
+
+
+@contextmanager
+def _recorded(
+    registry: Registry, root: Digest, references: Sequence[BaseReference], out: Path, stage: Progress
+) -> Iterator[tuple[Checkpoint, BaseManifest]]:
+    """The base with these weights: as registered, else made anew from the recipe that ``references`` give of it."""
+    known = registry.bases.of_root(root)
     if known is not None and known.path is not None and known.path.exists():
         yield _open_checked(known, registry.bases.cache, stage)
         return
-    if reference.recipe is None:
+    named = next((ref for ref in references if ref.identity.weights_root == root), None)
+    if named is None or named.recipe is None:
         if known is not None:
             known.open()
-        raise NotFound(
-            f"{adapters[0].label} was trained on {reference.name!r} ({reference.identity.weights_root}), which is "
-            "not registered here: add it with 'loreg base add', or give --base PATH."
-        )
+        label = f"Base {named.name!r} ({root})" if named else f"Base {root}"
+        raise NotFound(f"{label} is not registered here: add it with 'loreg base add', or give --base PATH.")
     # The base was itself a merge: apply that recipe first, and go on only if the result has the recorded root.
-    chain = recipe_inputs(registry, reference.recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".loreg-base-", dir=out.parent) as scratch:
-        with _base_for(registry, chain, None, out, stage) as (checkpoint, manifest):
-            plan = plan_merge(checkpoint, manifest, chain, dtype=reference.recipe.dtype)
-            stage_one = stage("merging the base", plan.nbytes)
+    recipe = named.recipe
+    chain = recipe_inputs(registry, recipe)
+    origins = [adapter.manifest.base for adapter in chain]
+    with scratch(out, f"{root.short}.base") as folder:
+        with _recorded(registry, recipe.base, origins, out, stage) as (checkpoint, manifest):
+            plan = plan_merge(checkpoint, manifest, chain, dtype=recipe.dtype, allow_mismatch=recipe.base_mismatch)
             unchecked = Verification("none")
             result = write_merge(
                 plan,
-                Path(scratch) / "base",
+                folder / "base",
                 device=torch.device("cpu"),
-                advance=stage_one,
+                advance=stage("merging the base", plan.nbytes),
                 verify=lambda folder, record: unchecked,
             )
-        if result.weights_root != reference.identity.weights_root:
+        if result.weights_root != root:
             raise BaseMismatch(
-                f"The base of {adapters[0].label} is a merge that could not be made again: expected "
-                f"{reference.identity.weights_root}, found {result.weights_root}; give --base PATH."
+                f"Base {named.name!r} is a merge that could not be made again: expected {root}, found "
+                f"{result.weights_root}; give --base PATH."
             )
         yield Checkpoint.open(result.out), BaseManifest(result.record.tensors)
 
@@ -177,8 +194,9 @@ def _known_checkpoints(registry: Registry, adapters: Sequence[AdapterInput]) -> 
     for adapter in adapters:
         root = adapter.manifest.base.identity.weights_root
         base = registry.bases.of_root(root)
-        if base is not None and base.path is not None and base.path.exists():
-            known[root] = Checkpoint.open(base.path)
+        if base is not None and base.path is not None:
+            with suppress(NotFound, BadInput):  # what cannot be opened explains nothing, and is not merged into
+                known[root] = Checkpoint.open(base.path)
     return known
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from loreg.catalog import Database, queries
 from loreg.digest import Digest, Fingerprint, Hasher, fingerprint
-from loreg.errors import BadInput, Conflict, NotFound
+from loreg.errors import BadInput, Conflict, LoregError, NotFound
 from loreg.store import BlobKey, Store, new_generation
 
 LEASE = timedelta(hours=1)
@@ -81,10 +82,15 @@ class Storage:
                     if self.store.size(BlobKey(print_.digest, generation)) != print_.size:
                         raise Conflict(f"Blob {print_.digest} vanished while it was pushed: push again.")
                 queries.record_blobs(session, written, utcnow())
-                return finish(session)
-        finally:
-            with self.database.write() as session:
+                result = finish(session)
                 queries.release_lease(session, lease)
+                return result
+        except BaseException:
+            # Also on Ctrl-C: a pin that nobody holds keeps garbage until it expires. Should this fail as well
+            # (a locked catalog, say), it does expire, and the first error is the one to report.
+            with suppress(LoregError), self.database.write() as session:
+                queries.release_lease(session, lease)
+            raise
 
     def _ensure(self, blob: PendingBlob) -> str:
         """The generation under which the blob lies: the live one if it is whole, else a fresh copy's."""

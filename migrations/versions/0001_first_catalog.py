@@ -149,6 +149,7 @@ def _bases() -> None:
         _text("content_set"),
         _text("hub_repo", nullable=True),
         _text("hub_commit", nullable=True),
+        _text("hub_files", nullable=True),
         _text("path", nullable=True),
         _integer("tensors"),
         _integer("bytes"),

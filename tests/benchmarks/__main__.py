@@ -100,7 +100,7 @@ def _merges(scratch: Path, runs: int) -> list[str]:
     ours, checked, both, copied, theirs = alternately(
         runs, [one, proved, two, _copy(base, out), _peft(base, first, out)]
     )
-    probe = "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    probe = "import torch; print(*[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])"
     told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     imported = int(told) << 10
     return [

@@ -146,7 +146,9 @@ class Cases:
         return self.weight(), WeightedSum((large, almost))
 
     def beyond_the_safe_range(self) -> tuple[Tensor, WeightedSum]:
-        return self.weight(), WeightedSum((LowRank(self.normal(ROWS, 2) * 1e-290, self.normal(2, COLUMNS) * 1e290),))
+        """Where the product of scale and left factor is subnormal, and then the right factor huge."""
+        delta = LowRank(self.normal(ROWS, 2) * 1e-200, self.normal(2, COLUMNS) * 1e307, 1e-121)
+        return self.weight(1e-13), WeightedSum((delta,))
 
     def from_double(self) -> tuple[Tensor, WeightedSum]:
         W = self.normal(ROWS, COLUMNS)
@@ -268,6 +270,18 @@ def test_vectors_and_narrow_weights() -> None:
     assert torch.equal(bits(apply(W[:, None], WeightedSum((), (Dense(x[:, None], 0.5),)))[:, 0]), bits(found))
     assert torch.equal(bits(apply(W[None], WeightedSum((), (Dense(x[None], 0.5),)))[0]), bits(found))
     assert apply(W[:0], WeightedSum()).shape == (0,)
+    assert apply(W[:, None][:, :0], WeightedSum()).shape == (5001, 0)
+
+
+def test_live_parameters_are_values_like_others() -> None:
+    W, edit = realistic(torch.float32, 30, 20)
+    truth = apply(W, edit)
+    live = [
+        LowRank(torch.nn.Parameter(t.left.double()), torch.nn.Parameter(t.right.double()), t.scale)
+        for t in edit.low_rank
+    ]
+    found = apply(torch.nn.Parameter(W), WeightedSum(tuple(live), edit.dense))
+    assert torch.equal(bits(found), bits(truth)) and not found.requires_grad
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -428,7 +442,12 @@ def test_truncation_at_the_edges() -> None:
     zero = truncate([LowRank(torch.zeros(6, 2), torch.ones(2, 5))], rank=2)
     assert zero.relative_error == 0.0 and not bool(zero.delta.dense().any())
     assert truncate([LowRank(torch.zeros(6, 2), torch.ones(2, 5))], energy=0.9).delta.rank == 1
-    wide = LowRank(torch.randn(4, 9, dtype=DOUBLE), torch.randn(9, 5, dtype=DOUBLE), 1e200)  # rank above min(m, n)
+    random = torch.Generator().manual_seed(6)
+    left, right = (torch.randn(shape, dtype=DOUBLE, generator=random) for shape in ((4, 9), (9, 5)))
+    wide = LowRank(left, right, 1e200)  # rank above min(m, n)
+    sigma = torch.linalg.svdvals(wide.dense() / 1e200)
+    lost = float(sigma[3:].norm() / sigma.norm())
+    assert abs(truncate([wide], rank=3).relative_error - lost) < 1e-12
     full = truncate([wide], rank=4)
     assert full.relative_error == 0.0
     torch.testing.assert_close(full.delta.dense() / 1e200, wide.dense() / 1e200)

@@ -19,6 +19,7 @@ CREATE TABLE bases (
 	content_set TEXT NOT NULL,
 	hub_repo TEXT,
 	hub_commit TEXT,
+	hub_files TEXT,
 	path TEXT,
 	tensors INTEGER NOT NULL,
 	bytes INTEGER NOT NULL,

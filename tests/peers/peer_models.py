@@ -167,20 +167,22 @@ def save_adapter(
         load_model(family, base, DTYPES[dtype]), LoraConfig(**lora), autocast_adapter_dtype=wide_factors
     )
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    randomise(model, lambda name: name in trainable and "lora_" in name, 0.3, seed)
+    randomise(model, lambda name: name in trainable and "lora_" in name, 0.12, seed)
     randomise(model, lambda name: name in trainable and "lora_" not in name, 0.1, seed + 1)
     model.save_pretrained(folder, safe_serialization=safe)
     return folder
 
 
-def load_peft(family: str, base: Path, adapters: Mapping[str, Path], dtype: torch.dtype) -> PeftModel:
+def load_peft(
+    family: str, base: Path, adapters: Mapping[str, Path], dtype: torch.dtype, wide_factors: bool = False
+) -> PeftModel:
     """base + adapters unmerged, as PEFT reads them back from their files; all of them active."""
     (first, folder), *others = adapters.items()
     model = PeftModel.from_pretrained(
-        load_model(family, base, dtype), folder, adapter_name=first, autocast_adapter_dtype=False
+        load_model(family, base, dtype), folder, adapter_name=first, autocast_adapter_dtype=wide_factors
     )
     for name, path in others:
-        model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+        model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=wide_factors)
     model.base_model.set_adapter(list(adapters))
     return model.eval()
 

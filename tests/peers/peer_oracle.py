@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,19 +46,19 @@ class Truth:
 
 
 def truths(model: Any, weights: Mapping[str, float], prefix: str) -> dict[str, Truth]:
-    """Tensor of the checkpoint → its truth, from a PEFT model with the adapters of ``weights`` loaded.
+    """Tensor of the checkpoint → its truth, from a float64 PEFT model with the adapters of ``weights`` loaded.
 
     The start is what PEFT's live model holds, so that replaced biases and saved modules are in it; the delta is
-    ``get_delta_weight`` of that model in float64.
+    its own ``get_delta_weight``.
     """
-    wide = copy.deepcopy(model).double().get_base_model()
+    wide = model.get_base_model()
     result: dict[str, Truth] = {}
     layers = dict(wide.named_modules())
     for key, value in wide.state_dict().items():
         if "lora_" in key or ".original_module." in key:
             continue
-        parts = [part for part in key.split(".") if part not in ("base_layer", "modules_to_save", "default")]
-        path, name = key.rpartition(".")[0].removesuffix(".base_layer"), ".".join(parts).removeprefix(prefix)
+        path = key.rpartition(".")[0].removesuffix(".base_layer")
+        name = re.sub(r"\.base_layer|\.modules_to_save\.[^.]+", "", key).removeprefix(prefix)
         layer = layers.get(path)
         terms, biases, total = (), (), value
         if isinstance(layer, LoraLayer):
