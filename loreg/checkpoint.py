@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,12 +119,14 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     index: Path | None
     """The shard index, if there is one."""
+    lone: bool = False
+    """Whether it was opened as a file, and not as the directory of a model."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Open a directory (sharded, or with one file), or a safetensors file. Raises NotFound, BadInput."""
         if path.is_file():
-            return cls._of(path.parent, [path], None)
+            return replace(cls._of(path.parent, [path], None), lone=True)
         if not path.is_dir():
             raise NotFound(f"{path} does not exist: expected the directory of a model.")
         for name in _INDICES:
@@ -190,6 +192,8 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """The files beside the weights (config, tokenizer, code, licence), relative to ``root``, in order."""
+        if self.lone:
+            return []  # beside a single file may lie anything
         found, shards = [], {shard.path for shard in self.shards}
         for folder, folders, files in os.walk(self.root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))

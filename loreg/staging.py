@@ -15,21 +15,22 @@ from loreg.errors import CheckFailed, Conflict
 
 
 @contextmanager
-def staged(out: Path, identity: Digest) -> Iterator[Path]:
+def staged(out: Path, identity: Digest, *, wait: bool = False) -> Iterator[Path]:
     """A directory beside ``out`` that becomes ``out`` when the block succeeds, and vanishes when it does not.
 
     Its name follows from ``out`` and ``identity`` (of the work), so that what a killed process left is found
-    again and not piled up. Raises Conflict if ``out`` is taken, or another process is at the same work.
+    again and not piled up. Raises Conflict if ``out`` is taken, or another process is at the same work; with
+    ``wait``, only once that one has finished.
     """
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise Conflict(f"{out} exists and is not an empty directory: choose another, or remove it first.")
-    with scratch(out, f"{identity.short}.partial") as folder:
+    with scratch(out, f"{identity.short}.partial", wait=wait) as folder:
         yield folder
         _put(folder, out)
 
 
 @contextmanager
-def scratch(out: Path, purpose: str) -> Iterator[Path]:
+def scratch(out: Path, purpose: str, *, wait: bool = False) -> Iterator[Path]:
     """An empty directory beside ``out``, of this process alone, for work towards it; gone when the block ends.
 
     Raises Conflict if another process is in it, CheckFailed for whatever the disk says, in the block too.
@@ -39,9 +40,11 @@ def scratch(out: Path, purpose: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
         raise CheckFailed(f"{folder} cannot be made: {error.strerror}.") from error
     try:
-        _lock(lock, folder, out)
+        _lock(lock, folder, out, wait)
         try:
             _empty(folder)
             yield folder
@@ -57,9 +60,9 @@ def scratch(out: Path, purpose: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(descriptor: int, folder: Path, out: Path) -> None:
+def _lock(descriptor: int, folder: Path, out: Path, wait: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
     if not _is(folder, descriptor):

@@ -83,7 +83,7 @@ def _full(
     for name, tensor in draft.full.items():
         module = name.rpartition(".")[0]
         added = name not in found
-        if added and not any(part in draft.saved_modules for part in name.split(".")):
+        if added and not any(f".{saved}." in f".{name}" for saved in draft.saved_modules):
             raise _missing(name, tensors, config)
         target = found.get(name, name)
         if target in full:

@@ -98,7 +98,7 @@ class DraftFile:
 class Draft:
     """An adapter in its trainer's words: ``modules`` by module path, ``full`` by tensor path.
 
-    ``saved_modules``: the last parts of the names of modules that were saved whole, and so may be new to the
+    ``saved_modules``: names of modules that were saved whole, or ends of such names, and so may be new to the
     base. ``left_out``: files of the directory that are no part of the adapter.
     """
 

@@ -51,8 +51,9 @@ def peft_files(manifest: AdapterManifest, read: Read) -> Iterator[tuple[str, Ite
         if found.bias is not None:
             tensors[f"base_model.model.{path}.lora_B.bias"] = found.bias
     for name, full in manifest.full.items():
-        parameter = name.rpartition(".")[2]
-        tensors[f"base_model.model.{full.module}.{parameter}"] = read(f"full:{name}")
+        # PEFT wraps what it adapts, so that the layer's own parameters lie one level deeper there.
+        owner = f"{full.module}.base_layer" if full.module in manifest.modules else full.module
+        tensors[f"base_model.model.{owner}.{_parameter(name)}"] = read(f"full:{name}")
     config = _config(manifest, factors)
     yield CONFIG, iter([(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
     yield WEIGHTS, _safetensors(tensors)
@@ -91,17 +92,18 @@ def _config(manifest: AdapterManifest, factors: Mapping[str, _Factors]) -> dict[
             f"Some modules have a trained bias and {lacking!r} has none: PEFT's lora_bias is for all or none, so "
             "this version has no PEFT form."
         )
-    saved = sorted({full.module.rpartition(".")[2] for full in manifest.full.values()})
+    bias, saved = _replaced(manifest)
     return {
         "peft_type": "LORA",
-        "task_type": manifest.provenance.training.get("task_type"),
+        # A task would have PEFT wrap modules called "classifier" and "score" besides those named below.
+        "task_type": None,
         "base_model_name_or_path": manifest.base.hub.repo if manifest.base.hub else manifest.base.name,
         "revision": manifest.base.hub.commit if manifest.base.hub else None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": bias,
         "lora_bias": bool(with_bias),
         "fan_in_fan_out": any(module.kind == "conv1d" for module in manifest.modules.values()),
         "use_rslora": False,
@@ -115,6 +117,25 @@ def _config(manifest: AdapterManifest, factors: Mapping[str, _Factors]) -> dict[
             re.escape(path): _number(f.alpha) for path, f in sorted(factors.items()) if f.alpha != alpha
         },
     }
+
+
+def _replaced(manifest: AdapterManifest) -> tuple[str, list[str]]:
+    """What PEFT's ``bias`` and ``modules_to_save`` have to be for the replaced tensors.
+
+    A bias alone is one that was trained in its place. Modules are named by their whole paths: PEFT compares ends
+    of names, and ``dense`` would be half of an encoder.
+    """
+    parameters: dict[str, set[str]] = {}
+    for name, full in manifest.full.items():
+        parameters.setdefault(full.module, set()).add(_parameter(name))
+    biases = {module for module, found in parameters.items() if found == {"bias"}}
+    whole = set(parameters) - biases - set(manifest.modules)
+    bias = "none" if not biases else "lora_only" if biases <= set(manifest.modules) else "all"
+    return bias, sorted(whole)
+
+
+def _parameter(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _number(value: float) -> float | int:

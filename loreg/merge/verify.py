@@ -12,7 +12,7 @@ hide: an error of one unit in the last place in a sampled row is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -113,10 +113,12 @@ def check_files(merged: Checkpoint, record: MergeRecord, advance: Advance) -> Ch
     found = merged.manifest(advance=advance)
     differing = [tensor.name for tensor in found.tensors if tensor != listed[tensor.name]]
     if differing:
-        return Check(
-            "files", False, f"{len(differing)} tensors differ from loreg.json, the first is {differing[0]!r}"
-        )
-    return Check("files", True, f"{len(listed)} tensors as loreg.json says, {record.weights_root}")
+        return Check("files", False, f"{_count(differing)} not as loreg.json says, first {differing[0]!r}")
+    return Check("files", True, f"{_count(listed)} as loreg.json says, {record.weights_root}")
+
+
+def _count(tensors: Sized) -> str:
+    return "1 tensor is" if len(tensors) == 1 else f"{len(tensors)} tensors are"
 
 
 def _leaves(subject: Subject, advance: Advance) -> list[Check]:
@@ -135,9 +137,9 @@ def _leaves(subject: Subject, advance: Advance) -> list[Check]:
     untouched = [t for t in base.tensors if t.name not in edits and expected[t.name][0] == t.dtype]
     differing = [tensor.name for tensor in untouched if written.get(tensor.name) != tensor]
     if differing:
-        detail = f"{len(differing)} tensors that no adapter touches differ from the base: {differing[0]!r}"
+        detail = f"{_count(differing)} not the base's, though no adapter touches it: first {differing[0]!r}"
         return [files, Check("untouched", False, detail)]
-    return [files, Check("untouched", True, f"{len(untouched)} tensors are the base's own, byte for byte")]
+    return [files, Check("untouched", True, f"{_count(untouched)} the base's own, byte for byte")]
 
 
 def _layout(subject: Subject) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -172,7 +174,7 @@ def _touched(subject: Subject, judge: Callable[[StoredTensor, StoredTensor, Weig
     missing = sorted(set(edits) - set(subject.merged.tensors))
     if missing:
         return Check("touched", False, f"{missing[0]!r} is edited by the recipe and not in the output")
-    return Check("touched", True, f"{count} tensors are the correctly rounded sums")
+    return Check("touched", True, f"{_count(range(count))} the correctly rounded sum")
 
 
 def _replaced(name: str, merged: StoredTensor, edit: TensorEdit) -> str:

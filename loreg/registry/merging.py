@@ -19,7 +19,7 @@ from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import parse_expression
 from loreg.merge.inputs import AdapterInput
-from loreg.merge.output import MergeResult, write_merge
+from loreg.merge.output import RECORD, MergeResult, write_merge
 from loreg.merge.plan import plan_merge
 from loreg.merge.undo import unmerge_from_base
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
@@ -228,11 +228,11 @@ def _recorded_base(registry: Registry, record: MergeRecord, base: str | Path | N
 def verify(
     registry: Registry, subject: str | Path, kind: str, base: str | Path | None, advance: Advance
 ) -> Verification:
-    """See ``Registry.verify``: a directory is a merged model, anything else a reference."""
+    """See ``Registry.verify``: a directory with a ``loreg.json`` is a merged model, else a reference is tried."""
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is not a kind of verification: expected one of {', '.join(KINDS)}.")
     folder = Path(subject)
-    if not folder.is_dir():
+    if not (folder / RECORD).is_file() and (not folder.is_dir() or _is_version(registry, str(subject))):
         return _verify_version(registry, str(subject))
     record = require_record(folder)
     known = _recorded_base(registry, record, base, advance)
@@ -240,6 +240,15 @@ def verify(
     manifest = check_files(known, checkpoint, registry.bases.cache, advance)
     adapters = recipe_inputs(registry, record.recipe)
     return run_verification(kind, Subject.of(folder, record, checkpoint, manifest, adapters), advance)
+
+
+def _is_version(registry: Registry, text: str) -> bool:
+    """Whether ``text`` is a version's reference: after a push, a directory of its name often lies beside."""
+    try:
+        registry.find(text)
+    except (NotFound, UsageError):
+        return False
+    return True
 
 
 def _verify_version(registry: Registry, reference: str) -> Verification:

@@ -48,7 +48,7 @@ def resolve(reference: str, registry: Registry | None = None, *, cache: Path | N
         try:
             _write(peft_directory(registry.storage, version), path, version)
         except Conflict:
-            # Another caller was faster, or is at it; a whole directory of this name can only be the same one.
+            # Another caller was faster: a directory of this name can only be the same one, and whole.
             if not path.is_dir():
                 raise
     size = _check(path, version, peft_directory(registry.storage, version))
@@ -56,7 +56,7 @@ def resolve(reference: str, registry: Registry | None = None, *, cache: Path | N
 
 
 def _write(files: Files, path: Path, version: Version) -> None:
-    with staged(path, version.digest) as folder:
+    with staged(path, version.digest, wait=True) as folder:
         for name, chunks in files:
             with (folder / name).open("wb") as file:
                 for chunk in chunks:

@@ -22,7 +22,6 @@ from loreg.errors import (
     Conflict,
     LoregError,
     NotFound,
-    RemoteError,
     Unsupported,
     UsageError,
 )
@@ -335,7 +334,7 @@ class Bomb:
 
 def _pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": Bomb()}))
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": Bomb()}, protocol=2))
 
 
 def _cut(folder: Path) -> None:
@@ -437,7 +436,7 @@ def test_a_damaged_blob_is_refused(pushed: loreg.Registry, tmp_path: Path, damag
         ("sql:v9", {}, NotFound, "no version with number 9", 3),
         ("sql:prod", {}, NotFound, "no version with tag 'prod'", 3),
         ("sql@blake3:00000000", {}, NotFound, "no version with a digest", 3),
-        ("blake3:" + "0" * 64, {}, NotFound, "", 3),
+        ("blake3:" + "0" * 64, {}, NotFound, "0000", 3),
         ("sql +", {}, UsageError, "expected", 2),
         ("", {}, UsageError, "expected", 2),
         ("sql", {"base": "nowhere/at/all"}, NotFound, "does not exist", 3),
@@ -462,7 +461,7 @@ def test_a_wrong_argument_is_refused(
 
 
 def test_an_unknown_base_is_refused(pushed: loreg.Registry, tmp_path: Path, hub: Any) -> None:
-    with refused(pushed, tmp_path / "out", (NotFound, RemoteError), "Registered bases: base", 3):  # type: ignore[arg-type]
+    with refused(pushed, tmp_path / "out", NotFound, "Registered bases: base", 3):
         pushed.push(tmp_path / "sql", base="tinyy")
 
 

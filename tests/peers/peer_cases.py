@@ -74,3 +74,13 @@ PAIRS = {
         {**LLAMA, "r": 6, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "embed_tokens"]},
     ),
 }
+
+
+def without_task(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """No head is saved then: two heads have no unmerged form in PEFT, which uses one of them."""
+    return {key: value for key, value in lora.items() if key != "task_type"}
+
+
+def without_words(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """No word embedding is adapted then, which PEFT saves whole besides."""
+    return {**lora, "target_modules": [name for name in lora["target_modules"] if name != "embed_tokens"]}

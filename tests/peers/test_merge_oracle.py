@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BaseOf
-from peer_cases import CASES, PAIRS, ROBERTA, Case
+from peer_cases import CASES, PAIRS, ROBERTA, Case, without_task
 from peer_models import DTYPES, FAMILIES, load_model, load_peft, logits, save_adapter
 from peer_oracle import Truth, distance_to_boundary, rounded, rounded_exactly, truths
 from peft.tuners.lora import LoraLayer
@@ -48,13 +48,10 @@ def test_merge_of_two_adapters(
     name: str, weights: tuple[float, float], registry: Registry, base_of: BaseOf, tmp_path: Path
 ) -> None:
     case, second = PAIRS[name]
-    # A classifier of two adapters has no unmerged form in PEFT, which uses one of them: sum the deltas alone.
-    plain = {key: value for key, value in case.lora.items() if key != "task_type"}
-    second = {key: value for key, value in second.items() if key != "task_type"}
     base = base_of(case.family, case.dtype)
     adapters = {
-        "one": save_adapter(case.family, base, tmp_path / "one", case.dtype, seed=1, **plain),
-        "two": save_adapter(case.family, base, tmp_path / "two", case.dtype, seed=5, **second),
+        "one": save_adapter(case.family, base, tmp_path / "one", case.dtype, seed=1, **without_task(case.lora)),
+        "two": save_adapter(case.family, base, tmp_path / "two", case.dtype, seed=5, **without_task(second)),
     }
     registry.add_base(base, name="tiny")
     for label, folder in adapters.items():
