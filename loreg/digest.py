@@ -20,7 +20,7 @@ _PREFIX = "blake3:"
 
 @dataclass(frozen=True, order=True, slots=True)
 class Digest:
-    """A BLAKE3 digest of 32 bytes. Its text is ``blake3:`` and 64 lower-case hex digits."""
+    """A BLAKE3 digest of 32 bytes [D1]. Its text is ``blake3:`` and 64 lower-case hex digits."""
 
     hex: str
 
@@ -55,7 +55,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What is known about a run of bytes: both digests (``sha256`` as 64 hex digits) and its length."""
+    """What is known about a run of bytes: both digests (``sha256`` as 64 hex digits [D2]) and its length."""
 
     digest: Digest
     sha256: str

@@ -2,7 +2,7 @@
 
 The definition names no order, precision or device: each element is the storage value nearest, ties to even,
 to the exact real number. A zero has the sign of the exact sum; where that is zero it is +0, except that a W
-that is itself a zero keeps its bits. What rounds beyond the largest finite value is refused.
+that is itself a zero keeps its bits [A3]. What rounds beyond the largest finite value is refused [A4].
 
 Three stages keep it fast. Nearly every element is decided by float64 and one conversion, and a
 :class:`~loreg.algebra.rounding.Screen` that proves it. Of the rest most are decided by rounding both ends of

@@ -98,7 +98,7 @@ def match_base(
     differing = tuple(
         sorted(name for name, leaf in touched.items() if name not in tensors or tensors[name].leaf != leaf)
     )
-    if not differing:
+    if not differing and (touched or here.content_set == expected.content_set):
         return (Match.CONTENT if here.content_set == expected.content_set else Match.TOUCHED), ()
     return (Match.STRUCTURE if here.structure_root == expected.structure_root else Match.NONE), differing
 

@@ -71,12 +71,12 @@ class SourceFile:
         return file
 
 
-_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,255}")
+_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff/\\]+")
 
 
 def check_file_name(name: str, where: str) -> str:
     """A bare file name, or BadInput [M8]: a manifest must not write outside the directory of an export."""
-    if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
+    if not _FILE_NAME.fullmatch(name) or name in (".", "..") or len(name.encode()) > 255:
         raise BadInput(f"{where}: expected a bare file name, found {name!r}.")
     return name
 
@@ -220,6 +220,9 @@ class AdapterManifest:
         needed |= {("source", file.blob) for file in (self.source.files if self.source else ())}
         if lost := sorted(needed - {(blob.role, blob.digest) for blob in self.blobs}):  # [M6]
             raise BadInput(f"manifest.blobs: the {lost[0][0]} blob {lost[0][1]} is missing.")
+        names = [file.name for file in self.source.files] if self.source else []
+        if len(set(names)) != len(names):  # [M8]
+            raise BadInput("manifest.source.files: two files have one name.")
         known = {f"factors:{name}" for name in self.factor_tensors()} | {f"full:{name}" for name in self.full}
         for file in self.source.files if self.source else ():
             if strangers := sorted(set(file.tensors) - known):  # [M8]

@@ -12,7 +12,7 @@ from loreg.format import canonical_json
 from loreg.format.fields import Fields
 from loreg.format.fingerprint import BaseTensor, identify
 from loreg.format.reference import format_weight
-from loreg.format.safetensors import nbytes_of
+from loreg.format.safetensors import check_name, nbytes_of
 
 FORMAT = "loreg/1"
 EXACT = "loreg-exact-1"
@@ -118,10 +118,10 @@ def _term(fields: Fields) -> RecipeTerm:
     with fields as f:
         term = RecipeTerm(f.digest("adapter"), f.text("weight"))
     try:
-        canonical = format_weight(float(term.weight))
+        accepted = term.weight == format_weight(term.value) and term.value != 0
     except (ValueError, UsageError):
-        canonical = ""
-    if term.weight != canonical or term.value == 0:  # [R2]
+        accepted = False
+    if not accepted:  # [R2]
         raise BadInput(
             f"{fields.path}.weight: expected a finite non-zero decimal in the form of RFC 8785, "
             f"found {term.weight[:60]!r}."
@@ -183,5 +183,6 @@ def tensors_from(fields: Fields) -> tuple[BaseTensor, ...]:
     for name, entry in fields.mapping("tensors"):
         with entry as f:
             dtype, shape, content = f.text("dtype"), f.shape("shape"), f.digest("digest")
+        check_name(name, fields.path)
         tensors.append(BaseTensor(name, dtype, shape, nbytes_of(dtype, shape), content))
     return tuple(sorted(tensors, key=lambda tensor: tensor.name.encode("utf-8")))

@@ -13,16 +13,18 @@ import re
 from dataclasses import dataclass
 from typing import NoReturn
 
+import rfc8785
+
 from loreg.errors import UsageError
-from loreg.format import canonical_json
 
 _PART = r"[a-z0-9][a-z0-9._-]{0,127}"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})?")
 _TAG = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _NUMBER_TAG = re.compile(r"v([1-9][0-9]{0,8})")
 _DIGEST = re.compile(r"blake3:([0-9a-f]{8,64})")
+# No two repeats of one kind meet: 100 kB of spaces or digits would otherwise take minutes.
 _TERM = re.compile(
-    r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*)?(?P<reference>[^\s+*]+)\s*",
+    r"\s*(?:(?P<sign>[+-])\s*)?(?:(?P<weight>(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*)?(?P<reference>[^\s+*]+)\s*",
     re.ASCII | re.IGNORECASE,
 )
 _MAX_TERMS = 1024
@@ -126,4 +128,4 @@ def format_weight(weight: float) -> str:
     """The one text form of a finite double [R2]: that of RFC 8785. Raises UsageError for NaN and infinity."""
     if not math.isfinite(weight):
         raise UsageError(f"{weight} is not a weight: expected a finite number.")
-    return canonical_json.dumps(float(weight)).decode("ascii")
+    return rfc8785.dumps(float(weight)).decode("ascii")

@@ -31,7 +31,7 @@ BITS: Mapping[str, int] = {
 }  # fmt: skip
 
 # Control characters end up in terminals and logs; the path forms end up in somebody's open().
-_BAD_NAME = re.compile(r"[\x00-\x1f\x7f\\]|^/|(?:^|/)\.\.?(?:/|$)")
+_BAD_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]|^/|(?:^|/)\.\.?(?:/|$)")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -73,12 +73,17 @@ class Header:
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; raises BadInput for a dtype that is unknown or does not fill whole bytes."""
+    """Bytes of a tensor [S4, S5]; raises BadInput for an unknown dtype, or a shape that is none or too large."""
     if dtype not in BITS:
         raise BadInput(f"{dtype!r} is not a safetensors dtype: expected one of {', '.join(BITS)}.")
+    # The number of dimensions comes first: the product of a million sizes takes minutes.
+    if len(shape) > MAX_DIMENSIONS or not _naturals(list(shape)):
+        raise BadInput(f"A shape has at most {MAX_DIMENSIONS} sizes, all whole numbers: found {str(shape)[:60]}.")
     bits = prod(shape) * BITS[dtype]
     if bits % 8:
         raise BadInput(f"A tensor of shape {list(shape)} and dtype {dtype} does not fill whole bytes.")
+    if bits // 8 > canonical_json.MAX_INTEGER:
+        raise BadInput(f"A tensor of shape {list(shape)} and dtype {dtype} has more than 2^53 - 1 bytes.")
     return bits // 8
 
 
@@ -105,10 +110,10 @@ def read_header(file: BinaryIO, size: int, *, what: str) -> Header:
 
 def parse_header(raw: bytes, size: int, *, what: str) -> Header:
     """Parse the first ``8 + n`` bytes of a file of ``size`` bytes [S2–S5]. Raises BadInput."""
-    text = raw[8:]
-    if not text.startswith(b"{"):  # [S2]
-        raise BadInput(f"{what} is not a safetensors file: its header does not begin with '{{'.")
-    document = canonical_json.loads(text.rstrip(b" "), what=f"header of {what}", max_bytes=MAX_HEADER_BYTES)
+    text = raw[8:].rstrip(b" ")
+    if not (text.startswith(b"{") and text.endswith(b"}")):  # [S2]
+        raise BadInput(f"{what} is not a safetensors file: its header is not '{{' to '}}' and then spaces.")
+    document = canonical_json.loads(text, what=f"header of {what}", max_bytes=MAX_HEADER_BYTES)
     if not isinstance(document, dict):  # [S2]
         raise BadInput(f"The header of {what} is not a JSON object.")
     metadata = _metadata(document.pop("__metadata__", {}), what)
@@ -131,7 +136,9 @@ def parse_header(raw: bytes, size: int, *, what: str) -> Header:
 
 
 def _metadata(value: object, what: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):  # [S3]
+    if not isinstance(value, dict) or not all(
+        isinstance(item, str) for pair in value.items() for item in pair
+    ):  # [S3]
         raise BadInput(f"__metadata__ of {what} is not a map from text to text.")
     return value
 
@@ -147,9 +154,9 @@ def _tensor(name: str, entry: object, what: str) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in BITS:  # [S4]
         refuse(f"{dtype!r} is not a known dtype")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:  # [S4]
-        refuse(f"the shape {shape!r} is not a list of at most {MAX_DIMENSIONS} whole numbers")
+        refuse(f"the shape {str(shape)[:60]} is not a list of at most {MAX_DIMENSIONS} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2:  # [S4]
-        refuse(f"data_offsets {offsets!r} is not a pair of whole numbers")
+        refuse(f"data_offsets {str(offsets)[:60]} is not a pair of whole numbers")
     start, end = offsets
     if end - start != nbytes_of(dtype, tuple(shape)):  # [S5]
         expected = nbytes_of(dtype, tuple(shape))
@@ -199,8 +206,11 @@ def canonical_header(
         entries.append(b'"__metadata__":{' + b",".join(_text(k) + b":" + _text(v) for k, v in fields) + b"}")
     position = 0
     seen: set[str] = set()
-    for name, dtype, shape in sorted(tensors, key=lambda t: canonical_order(t[0], t[1])):
+    given = list(tensors)
+    for name, dtype, shape in given:
         check_name(name, "a new file")
+        nbytes_of(dtype, tuple(shape))
+    for name, dtype, shape in sorted(given, key=lambda t: canonical_order(t[0], t[1])):
         if name in seen or name == "__metadata__":
             raise BadInput(f"Two tensors of one file would be named {name!r}: names must differ.")
         seen.add(name)

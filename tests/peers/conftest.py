@@ -6,17 +6,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT asks the Hub for the config of a base that it cannot find
 
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from peer_models import save_base
-
-import loreg
-from loreg.registry import Registry
-
-BaseOf = Callable[[str, str], Path]
+from peer_models import BaseOf, save_base
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +23,3 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> BaseOf:
         return save_base(family, dtype, root / f"{family}-{dtype}")
 
     return make
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with loreg.open(tmp_path / "home") as opened:
-        yield opened

@@ -26,7 +26,14 @@ LLAMA = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj", "o_pro
 # Keys that overlap. PEFT writes JSON with sorted keys, so another key wins after a reload than before it.
 PATTERNS = {
     "rank_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 7},
-    "alpha_pattern": {"v_proj": 5, "self_attn.v_proj": 11, "layers.0.self_attn.v_proj": 17, r".*\.1\..*o_proj": 3},
+    "alpha_pattern": {
+        "v_proj": 5,
+        "self_attn.v_proj": 11,
+        "layers.0.self_attn.v_proj": 17,
+        r".*\.1\..*o_proj": 3,
+        "_proj": 23,  # no whole part of a name, so this matches nothing
+        "layers.0": 29,  # nor does what is not at the end
+    },
 }
 
 CASES = {
@@ -38,6 +45,7 @@ CASES = {
     "gpt2-all-biases-bin": Case("gpt2", "bf16", {**GPT2, "bias": "all"}, safe=False),
     "gpt2-hub-names-lora-biases": Case("gpt2-hub", "fp32", {**GPT2, "bias": "lora_only"}),
     "gpt2-hub-names-lora-bias": Case("gpt2-hub", "fp16", {**GPT2, "lora_bias": True}),
+    "gpt2-body": Case("gpt2-body", "bf16", {**GPT2, "use_rslora": True}),
     "roberta": Case("roberta", "bf16", ROBERTA),
     "roberta-new-head": Case("roberta-mlm", "fp16", {**ROBERTA, "use_rslora": True}),
     "roberta-headless": Case("roberta-headless", "bf16", ROBERTA),

@@ -15,6 +15,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+BaseOf = Callable[[str, str], Path]
+"""The fixture ``base_of``: (family, dtype) → the directory of a tiny model."""
+
 VOCABULARY = 96
 LABELS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,16 +49,22 @@ class Family:
     """A checkpoint as it lies on disk, and the class that is trained from it.
 
     ``saved``: the class that wrote the checkpoint; ``trained``: the class that carries the adapter. ``prefix``:
-    what a name in the file lacks of the name in the trained model. ``arguments``: for ``from_pretrained``.
+    what a name in the file lacks of the name in the trained model, ``added``: what it has instead.
+    ``strip``: whether the prefix is taken off after saving. ``arguments``: for ``from_pretrained``.
     """
 
     config: Callable[[], Any]
     saved: Any
     trained: Any
     prefix: str = ""
+    added: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     shard: str = "5GB"
     strip: bool = False
+
+    def in_file(self, name: str) -> str:
+        """The name in the file of a tensor of the trained model."""
+        return self.added + name.removeprefix(self.prefix)
 
 
 _HEADED = {"num_labels": LABELS}
@@ -70,6 +79,13 @@ FAMILIES = {
         transformers.GPT2LMHeadModel,
         prefix="transformer.",
         strip=True,
+    ),
+    # The other way round: a headless model is trained, and the file is of one with a head.
+    "gpt2-body": Family(
+        lambda: transformers.GPT2Config(**_GPT2),
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Model,
+        added="transformer.",
     ),
     "roberta": Family(
         lambda: transformers.RobertaConfig(**_ENCODER, **_HEADED),
@@ -194,5 +210,7 @@ def inputs() -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
+    """What the model computes of ``inputs``, in float64; the last hidden states of one without a head."""
     ids = inputs()
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double()
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return output[0].double()

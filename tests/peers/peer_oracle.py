@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -45,7 +45,9 @@ class Truth:
         return total
 
 
-def truths(model: Any, weights: Mapping[str, float], prefix: str) -> dict[str, Truth]:
+def truths(
+    model: Any, weights: Mapping[str, float], in_file: Callable[[str], str] = lambda name: name
+) -> dict[str, Truth]:
     """Tensor of the checkpoint → its truth, from a float64 PEFT model with the adapters of ``weights`` loaded.
 
     The start is what PEFT's live model holds, so that replaced biases and saved modules are in it; the delta is
@@ -58,7 +60,7 @@ def truths(model: Any, weights: Mapping[str, float], prefix: str) -> dict[str, T
         if "lora_" in key or ".original_module." in key:
             continue
         path = key.rpartition(".")[0].removesuffix(".base_layer")
-        name = re.sub(r"\.base_layer|\.modules_to_save\.[^.]+", "", key).removeprefix(prefix)
+        name = in_file(re.sub(r"\.base_layer|\.modules_to_save\.[^.]+", "", key))
         layer = layers.get(path)
         terms, biases, total = (), (), value
         if isinstance(layer, LoraLayer):

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BaseOf
 from peer_cases import CASES, PAIRS, ROBERTA, Case, without_task
-from peer_models import DTYPES, FAMILIES, load_model, load_peft, logits, save_adapter
+from peer_models import DTYPES, FAMILIES, BaseOf, load_model, load_peft, logits, save_adapter
 from peer_oracle import Truth, distance_to_boundary, rounded, rounded_exactly, truths
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -91,7 +90,7 @@ def _check(
     case: Case, base: Path, adapters: Mapping[str, Path], weights: Mapping[str, float], out: Path, touched: set[str]
 ) -> None:
     wide = load_peft(case.family, base, adapters, torch.float64)
-    _check_elements(case, base, truths(wide, weights, FAMILIES[case.family].prefix), out, touched)
+    _check_elements(case, base, truths(wide, weights, FAMILIES[case.family].in_file), out, touched)
     unmerged = load_peft(case.family, base, adapters, DTYPES[case.dtype], case.wide_factors)
     _check_logits(case, base, _weighted(unmerged, weights), _weighted(wide, weights), out)
 
@@ -150,7 +149,9 @@ def _check_sample(tensors: Mapping[str, tuple[torch.Tensor, Truth]]) -> None:
 
 
 def _indices(shape: torch.Size) -> list[tuple[int, ...]]:
-    return [tuple(index) for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist()]
+    return [
+        tuple(index) for index in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist()
+    ]
 
 
 def _check_logits(case: Case, base: Path, unmerged: torch.Tensor, wide: torch.Tensor, out: Path) -> None:

@@ -15,12 +15,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import BaseOf
-from peer_models import FAMILIES, load_model, randomise, save_adapter
+from peer_models import FAMILIES, BaseOf, load_model, randomise, save_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sqlalchemy import func, select
 
+from loreg.adapters.peft import _HARMLESS
 from loreg.catalog.models import Adapter, Blob, Edge, Intent, Lease, Tag, Version
 from loreg.errors import BadInput, LoregError, NotFound, Unsupported
 from loreg.registry import Registry
@@ -69,7 +69,9 @@ PEERS = {
         lambda: LoraConfig(r=4, target_modules=[], target_parameters=["mlp.down_proj.weight"]),
         ("target_parameters",),
     ),
-    "layer-replication": Peer(lambda: LoraConfig(**_LORA, layer_replication=[[0, 2], [0, 2]]), ("layer_replication",)),
+    "layer-replication": Peer(
+        lambda: LoraConfig(**_LORA, layer_replication=[[0, 2], [0, 2]]), ("layer_replication",)
+    ),
     "alora": Peer(lambda: LoraConfig(**_LORA, alora_invocation_tokens=[5, 6]), ("alora_invocation_tokens",)),
     "loha": Peer(lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]), ("peft_type", "LOHA")),
     "lokr": Peer(lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]), ("peft_type", "LOKR")),
@@ -94,9 +96,7 @@ def test_variants_that_peft_writes(name: str, registry: Registry, base_of: BaseO
 
 
 @pytest.mark.parametrize("name", ["dora", "trainable-tokens", "adalora", "loha", "vera", "ia3"])
-def test_their_tensors_without_their_config(
-    name: str, registry: Registry, base_of: BaseOf, tmp_path: Path
-) -> None:
+def test_their_tensors_without_their_config(name: str, registry: Registry, base_of: BaseOf, tmp_path: Path) -> None:
     """A config that lies, or lost its fields, must not turn the tensors of another method into a plain LoRA."""
     peer, base = PEERS[name], base_of("llama", "fp32")
     get_peft_model(load_model("llama", base, torch.float32), peer.config()).save_pretrained(tmp_path / "adapter")
@@ -128,7 +128,7 @@ def test_tied_embedding(registry: Registry, base_of: BaseOf, tmp_path: Path) -> 
     adapter = save_adapter("gpt2", base, tmp_path / "adapter", "fp32", r=2, target_modules=["c_attn", "wte"])
     registry.add_base(base, name="tiny")
     registry.push(adapter, base="tiny", name="embedding")
-    with pytest.raises(Unsupported, match="wte.*tied"):
+    with pytest.raises(Unsupported, match=r"wte.*tied"):
         registry.merge("embedding", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -192,7 +192,11 @@ def _with_an_unknown_part(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{_KEY}.lora_C.weight"] = torch.ones(4, 4)
 
 
-def _without_its_B(tensors: dict[str, torch.Tensor]) -> None:
+def _with_an_untrained_copy(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.lm_head.original_module.bias"] = torch.ones(96)
+
+
+def _without_half(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[f"{_KEY}.lora_B.weight"]
 
 
@@ -229,7 +233,8 @@ DAMAGED: dict[str, tuple[Edit, type[LoregError], tuple[str, ...]]] = {
     "infinity": (_tensors(_with_infinity), BadInput, (f"{_KEY}.lora_A.weight", "infinity")),
     "nobody-consumes-it": (_tensors(_with_a_stranger), BadInput, ("q_proj.gate",)),
     "unknown-part": (_tensors(_with_an_unknown_part), Unsupported, ("lora_C",)),
-    "half-a-module": (_tensors(_without_its_B), BadInput, ("q_proj", "lora_B")),
+    "untrained-copy": (_tensors(_with_an_untrained_copy), Unsupported, ("original_module", "modules_to_save")),
+    "half-a-module": (_tensors(_without_half), BadInput, ("q_proj", "lora_B")),
     "ranks-differ": (_tensors(_with_another_rank), BadInput, ("q_proj", "rank")),
     "integers": (_tensors(_with_integers), Unsupported, ("I8", "lora_B")),
     "no-prefix": (_tensors(_without_a_prefix), Unsupported, ("base_model.model.",)),
@@ -299,8 +304,6 @@ def test_every_config_field_of_this_peft_is_known_or_refused(
     registry.add_base(base, name="tiny")
     adapter = save_adapter("llama", base, tmp_path / "adapter", "fp32", **_LORA)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    from loreg.adapters.peft import _HARMLESS
-
     for key in sorted(set(config) - _HARMLESS):
         _config(**(config | {key: {"something": 1}}))(adapter)
         with pytest.raises(Unsupported, match=key):
@@ -308,7 +311,7 @@ def test_every_config_field_of_this_peft_is_known_or_refused(
 
 
 def test_an_ambiguous_name_is_refused(registry: Registry, tmp_path: Path) -> None:
-    """Two towers, and an adapter whose names fit both once a prefix is put on: a guess would be wrong half the time."""
+    """Two towers, and an adapter whose names fit both once a prefix is put on: a guess may be wrong."""
     family = replace(FAMILIES["llama"])
     model = family.saved(family.config())
     tensors = {f"{tower}.{key}": value.clone() for tower in ("a", "b") for key, value in model.state_dict().items()}
