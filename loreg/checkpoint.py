@@ -187,7 +187,11 @@ class Checkpoint:
         path = self.root / "config.json"
         if not path.is_file():
             return {}
-        document = canonical_json.loads(path.read_bytes(), what=str(path))
+        try:
+            # Leniently: it is another program's file, and some hold Infinity.
+            document = json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{path} cannot be read as JSON: {error}.") from error
         return document if isinstance(document, dict) else {}
 
     def side_files(self) -> list[Path]:

@@ -94,10 +94,13 @@ class BaseReference:
     def from_fields(cls, fields: Fields) -> BaseReference:
         with fields as f:
             hub, recipe = f.optional_object("hub"), f.optional_object("recipe")
+            merged = Recipe.from_fields(recipe) if recipe else None
+            if merged:
+                merged.require_merge(f"{fields.path}.recipe")
             return cls(
                 name=f.text("name"),
                 hub=HubPin.from_fields(hub) if hub else None,
                 identity=BaseIdentity(f.digest("weights_root"), f.digest("structure_root"), f.digest("content_set")),
                 touched=f.digests("touched"),
-                recipe=Recipe.from_fields(recipe) if recipe else None,
+                recipe=merged,
             )

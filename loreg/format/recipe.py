@@ -22,8 +22,8 @@ LAPACK = "float64-lapack"
 """Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters, whose digest is that of
 their content [R3]."""
 
-ARITHMETICS = (EXACT, "loreg-f64-1", LAPACK)
-METHODS = ("linear", "svd")
+METHODS = {"linear": (EXACT, "loreg-f64-1"), "svd": (LAPACK,)}
+"""Method → the arithmetics that it can have."""
 DTYPES = ("BF16", "F16", "F32")
 
 
@@ -103,15 +103,23 @@ class Recipe:
                 terms=tuple(_term(item) for item in f.items("terms")),
                 method=f.choice("method", *METHODS),  # [R3]
                 parameters=f.raw_object("parameters"),
-                arithmetic=f.choice("arithmetic", *ARITHMETICS),  # [R3]
+                arithmetic=f.text("arithmetic"),
                 dtype=_dtype(f),
                 base_mismatch=f.flag("base_mismatch"),
             )
         if list(recipe.terms) != sorted(recipe.terms):  # [R1]
             raise BadInput(f"{fields.path}.terms: expected in the order of digest and weight, found another.")
-        if recipe.method == "linear" and recipe.parameters:  # [R3]
-            raise BadInput(f"{fields.path}.parameters: the method 'linear' takes none.")
+        if recipe.arithmetic not in METHODS[recipe.method]:  # [R3]
+            fields.refuse("arithmetic", f"one of {', '.join(METHODS[recipe.method])}", recipe.arithmetic)
+        with Fields(dict(recipe.parameters), f"{fields.path}.parameters") as f:  # [R3]
+            if recipe.method == "svd":
+                f.natural("rank", 1)
         return recipe
+
+    def require_merge(self, path: str) -> None:
+        """BadInput unless this is how a model is merged, and not how an adapter was composed [R3]."""
+        if self.method != "linear":
+            raise BadInput(f"{path}: expected a recipe of method 'linear', found {self.method!r}.")
 
 
 def _term(fields: Fields) -> RecipeTerm:
@@ -165,6 +173,7 @@ class MergeRecord:
             f.choice("format", FORMAT)
             f.choice("kind", "merge")
             record = cls(Recipe.from_fields(f.object("recipe")), f.digest("weights_root"), tensors_from(f))
+        record.recipe.require_merge("loreg.json.recipe")
         if identify(record.tensors).weights_root != record.weights_root:
             raise BadInput("loreg.json: weights_root does not follow from the tensors it lists.")
         return record

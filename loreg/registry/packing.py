@@ -74,15 +74,16 @@ def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterMa
 
 
 def touched(base: BaseManifest, names: Iterable[str]) -> dict[str, Digest]:
-    """Tensor → leaf, for the adapted tensors [M3]."""
+    """Tensor → leaf, for tensors that are adapted or replaced [M3]."""
     tensors = base.by_name()
     return {name: tensors[name].leaf for name in names}
 
 
 def bound_tensors(binding: Binding) -> list[str]:
-    """The checkpoint tensors that the modules of a binding adapt."""
+    """The checkpoint tensors that a binding adapts or replaces."""
     biases = [module.bias_tensor for module in binding.modules.values() if module.bias_tensor is not None]
-    return [module.tensor for module in binding.modules.values()] + biases
+    replaced = [name for name, full in binding.full.items() if not full.added]
+    return [module.tensor for module in binding.modules.values()] + biases + replaced
 
 
 def reference(tensor: RawTensor) -> TensorRef:

@@ -203,6 +203,14 @@ def recipes() -> list[Vector]:
     def terms(*pairs: tuple[int, str]) -> Edit:
         return at("terms", [{"adapter": ADAPTERS[i], "weight": weight} for i, weight in pairs])
 
+    def also(*edits: Edit) -> Edit:
+        def edit(document: Any) -> None:
+            for each in edits:
+                each(document)
+
+        return edit
+
+    svd = also(at("method", "svd"), at("parameters", {"rank": 4}), at("arithmetic", "float64-lapack"))
     weights = ("1", "-1", "0.1", "1e-7", "0.000001", "1e+21", "5e-324", "9007199254740992", "-0.30000000000000004")
     texts = ("", "0", "-0", "1.0", "+1", ".5", "1.", "01", "0.70", "7e-1", "1e21", "1E+21", "0x1", "1_0", "1 ", "nan",
              "inf", "-Infinity", "1e400", "\u0661", *(loose := ("9007199254740993",
@@ -217,6 +225,7 @@ def recipes() -> list[Vector]:
         *(parsed(f"dtype-{d}", f"Floating tensors are stored as {d}.", "R4", at("dtype", d)) for d in ("BF16",
                 "F16", "F32")),
         parsed("float64", "The arithmetic of edits with norms.", "R3", at("arithmetic", "loreg-f64-1")),
+        parsed("svd", "How an adapter was composed: the sum, truncated.", "R3", svd),
         parsed("mismatch", "The check of the base was overridden.", "R3", at("base_mismatch", True)),
         refused("terms-unsorted", "Terms in another order.", "R1", terms((1, "1"), (0, "1")), ()),
         refused("weights-unsorted", "Weights of one adapter in another order.", "R1", terms((0, "2"), (0, "-1")), ()),
@@ -229,6 +238,11 @@ def recipes() -> list[Vector]:
         refused("method", "Another method.", "R3", at("method", "ties")),
         refused("parameters", "A parameter that the method does not take.", "R3", at("parameters", {"density": 1})),
         refused("arithmetic", "Another arithmetic.", "R3", at("arithmetic", "loreg-exact-2")),
+        refused("svd-no-rank", "A truncation to no rank.", "R3", also(svd, at("parameters", {}))),
+        refused("svd-rank-0", "A truncation to rank 0.", "R3", also(svd, at("parameters/rank", 0))),
+        refused("svd-exact", "A truncation that claims to be exact.", "R3", also(svd, at("arithmetic",
+                "loreg-exact-1"))),
+        refused("linear-lapack", "A sum that is not exact.", "R3", at("arithmetic", "float64-lapack")),
         refused("dtype", "A dtype that weights are not stored in.", "R4", at("dtype", "F64")),
         refused("dtype-lower-case", "A dtype in lower case.", "R4", at("dtype", "bf16")),
         refused("mismatch-null", "base_mismatch that is null.", "R3", at("base_mismatch", None)),
@@ -269,6 +283,8 @@ def merge_records() -> list[Vector]:
         refused("recipe-null", "A recipe that is null.", "G1", at("recipe", None)),
         refused("recipe-unsorted", "A recipe with terms in another order.", "G1 R1",
                 lambda d: d["recipe"]["terms"].reverse(), ()),
+        refused("recipe-svd", "A recipe that does not merge.", "G1 R3", lambda d: d["recipe"].update(
+                method="svd", parameters={"rank": 4}, arithmetic="float64-lapack"), ()),
         refused("time", "A time: the record would no longer be a function of base and recipe.", "G1 M2",
                 at("created_at", "2026-01-01")),
         refused("format", "Another format.", "M1", at("format", "loreg/2")),
