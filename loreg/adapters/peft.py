@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -182,10 +182,21 @@ def _module(path: str, parts: Mapping[str, RawTensor], config: Mapping[str, Any]
 
 
 def _alpha(path: str, config: Mapping[str, Any]) -> float:
-    for key, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return float(alpha)
-    return float(config["lora_alpha"])
+    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alpha = float(alphas.get(_first_match(path, alphas), config["lora_alpha"]))
+    # Older PEFT (0.13, for one) looked for one key in both patterns, those of the ranks first, and took α from that.
+    older = _first_match(path, [*(config.get("rank_pattern") or {}), *alphas])
+    if not config.get("peft_version") and float(alphas.get(older, config["lora_alpha"])) != alpha:
+        raise Unsupported(
+            f"Module {path!r}: rank_pattern and alpha_pattern overlap, by which α is {alpha:g} in today's PEFT and "
+            f"another in older ones, and the adapter does not say which wrote it; give whole paths in {CONFIG}."
+        )
+    return alpha
+
+
+def _first_match(path: str, keys: Iterable[str]) -> str:
+    """The first of PEFT's patterns that fits a module's path; the path itself if none does."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), path)
 
 
 def _side_files(folder: Path, weights: str) -> tuple[list[DraftFile], tuple[str, ...]]:

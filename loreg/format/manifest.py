@@ -156,6 +156,10 @@ class AdapterManifest:
         """The sum over its blobs."""
         return sum(blob.size for blob in self.blobs)
 
+    def replaced(self) -> dict[str, FullTensor]:
+        """What of ``full`` differs from the base's own tensor: PEFT saves an adapted embedding with its base."""
+        return {name: full for name, full in self.full.items() if self.base.touched.get(name) != full.leaf(name)}
+
     def factor_tensors(self) -> dict[str, TensorRef]:
         """Everything in the factors blob, by name [M7]."""
         return dict(itertools.chain.from_iterable(module.tensors(path) for path, module in self.modules.items()))

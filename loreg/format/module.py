@@ -9,6 +9,7 @@ from typing import Any
 from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.fields import Fields
+from loreg.format.fingerprint import BaseTensor
 from loreg.format.safetensors import nbytes_of
 
 KINDS = ("linear", "conv1d", "embedding")
@@ -177,6 +178,11 @@ class FullTensor:
     blob: Digest
     value: TensorRef
     module: str
+
+    def leaf(self, name: str) -> Digest:
+        """The leaf [B1] that the tensor has under ``name`` in a checkpoint."""
+        value = self.value
+        return BaseTensor(name, value.dtype, value.shape, value.nbytes, value.digest).leaf
 
     def to_json(self) -> dict[str, Any]:
         return {"blob": str(self.blob), "module": self.module, "value": self.value.to_json()}

@@ -126,7 +126,9 @@ class TensorEdit:
 
 
 def edits_of(adapters: Sequence[AdapterInput]) -> dict[str, TensorEdit]:
-    """Checkpoint tensor → what the adapters do to it. Every module and every full tensor is in it once."""
+    """Checkpoint tensor → what the adapters do to it. Every module and every tensor that is replaced by
+    another one is in it once.
+    """
     low_rank: dict[str, list[tuple[AdapterInput, str]]] = {}
     bias: dict[str, list[tuple[AdapterInput, str]]] = {}
     full: dict[str, list[AdapterInput]] = {}
@@ -135,7 +137,7 @@ def edits_of(adapters: Sequence[AdapterInput]) -> dict[str, TensorEdit]:
             low_rank.setdefault(module.tensor, []).append((adapter, path))
             if module.bias_tensor is not None:
                 bias.setdefault(module.bias_tensor, []).append((adapter, path))
-        for name in adapter.manifest.full:
+        for name in adapter.manifest.replaced():
             full.setdefault(name, []).append(adapter)
     return {
         name: TensorEdit(tuple(low_rank.get(name, ())), tuple(bias.get(name, ())), tuple(full.get(name, ())))

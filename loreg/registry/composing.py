@@ -130,7 +130,7 @@ def _module(path: str, parts: Sequence[_Part], package: Package) -> Module:
 def _full(parts: Sequence[_Part], package: Package) -> dict[str, FullTensor]:
     full: dict[str, FullTensor] = {}
     for part in parts:
-        for name, tensor in part.manifest.full.items():
+        for name, tensor in part.manifest.replaced().items():
             if name in full or part.weight != 1:
                 raise Unsupported(
                     f"{part.version} replaces {name!r}: a replaced tensor can be composed only at weight 1 and from "

@@ -176,6 +176,24 @@ def test_a_base_that_changes_during_the_merge_is_refused(
         pushed.merge("sql", tmp_path / "out", progress=progress)
 
 
+def test_a_change_that_no_time_stamp_shows_is_found_by_the_digest(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Clocks of file systems tick every few milliseconds: what changes within a tick keeps its stamp.
+    monkeypatch.setattr("loreg.checkpoint.Checkpoint.check_unchanged", lambda self: None)
+    path = tmp_path / "base" / "model.safetensors"
+
+    def progress(label: str, total: int) -> Callable[[int], None]:
+        if label == "merging":
+            with path.open("r+b") as file:
+                file.write(tiny.container((MODEL | {V: MODEL[V].flipped(1)}).items()))
+        return lambda done: None
+
+    message = f"Tensor '{V}' of .* is not what it was when the base was hashed"
+    with refused(pushed, tmp_path / "out", BadInput, message, 5):
+        pushed.merge("sql", tmp_path / "out", progress=progress, verify="none")
+
+
 def test_a_base_that_is_cut_during_the_merge_is_refused(pushed: loreg.Registry, tmp_path: Path) -> None:
     path = tmp_path / "base" / "model.safetensors"
 

@@ -55,6 +55,7 @@ class Merging:
 
 
 def _merge(pipe: Any, home: Path, expression: str, out: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits a shell's "ignore"
     try:
         with loreg.open(home) as registry:
             pipe.send("ready")

@@ -224,6 +224,11 @@ DAMAGED: dict[str, tuple[Edit, type[LoregError], tuple[str, ...]]] = {
     "r-is-zero": (_config(r=0), BadInput, ("r",)),
     "alpha-is-text": (_config(lora_alpha="8"), BadInput, ("lora_alpha",)),
     "pattern-is-no-regex": (_config(alpha_pattern={"q_proj(": 4}), BadInput, ("alpha_pattern", "q_proj(")),
+    "patterns-that-old-peft-reads-otherwise": (
+        _config(rank_pattern={"q_proj": 4}, alpha_pattern={"layers.1.self_attn.q_proj": 16}, peft_version=None),
+        Unsupported,
+        ("alpha_pattern", "older"),
+    ),
     "pattern-is-text": (_config(rank_pattern={"q_proj": "4"}), BadInput, ("rank_pattern",)),
     "qalora": (_config(use_qalora=True), Unsupported, ("use_qalora",)),
     "loftq": (_config(loftq_config={"loftq_bits": 4}), Unsupported, ("loftq_config",)),

@@ -124,6 +124,16 @@ def test_the_probe_samples_rows_of_every_part_of_a_tall_matrix(registry: loreg.R
     assert found >= 16
 
 
+def test_the_probe_finds_one_row_without_its_delta_sampled_or_not(registry: loreg.Registry, sum_of_two: Path) -> None:
+    name = f"{tiny.Q}.weight"
+    good, row_bytes = tiny.tensors_in(sum_of_two)[name], 2 * COLS
+    for row in range(ROWS):
+        start, end = row * row_bytes, (row + 1) * row_bytes
+        bare = good.data[:start] + MODEL[name].data[start:end] + good.data[end:]
+        patch(sum_of_two, name, good._replace(data=bare))
+        assert name in registry.verify(sum_of_two, kind="probe").reason, row
+
+
 def test_exact_finds_any_flipped_bit_of_a_touched_tensor(registry: loreg.Registry, sum_of_two: Path) -> None:
     good = tiny.tensors_in(sum_of_two)[W]
     for index in range(0, len(good.data), 37):
