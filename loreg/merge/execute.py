@@ -1,14 +1,15 @@
 """Running a plan: shard by shard, untouched ranges by the kernel, touched tensors tile by tile.
 
-Memory is one tile of W, one of W', and the factors of one tensor; never a tensor, a shard or the model.
+Memory is, for each thread, a tile and the factors of one tensor; never a tensor, a shard or the model.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -23,6 +24,7 @@ from loreg.errors import BadInput, CheckFailed
 from loreg.format.safetensors import Header, TensorInfo
 from loreg.merge.inputs import BlobReader
 from loreg.merge.plan import Action, MergePlan, OutputShard, OutputTensor
+from loreg.merge.workers import results, workers
 from loreg.tensors import from_buffer, to_memory, torch_dtype
 
 TILE_ELEMENTS = 1 << 20
@@ -38,19 +40,27 @@ def execute(plan: MergePlan, folder: Path, *, device: torch.device, advance: Adv
     ``advance`` is told the bytes written. Raises BadInput if an input is unreadable or not what was planned,
     or an element cannot be merged; CheckFailed if the disk is full or fails.
     """
-    expected = {tensor.name: tensor.content for tensor in plan.base_manifest.tensors}
+    computation = _Computation({tensor.name: tensor.content for tensor in plan.base_manifest.tensors}, device)
     digests: dict[str, Digest] = {}
-    for shard in plan.shards:
-        with writing(folder / shard.name, shard.header) as output:
-            for action, group in groupby(shard.tensors, key=lambda tensor: tensor.action):
-                tensors = list(group)
-                if action is Action.COPY:
-                    _copy(tensors, shard, output, advance)
-                    continue
-                for tensor in tensors:
-                    write = _replace if action is Action.REPLACE else _Computation(expected, device).write
-                    digests[tensor.info.name] = write(tensor, shard, output, advance)
+    with workers(device) as pool:
+        for shard in plan.shards:
+            with writing(folder / shard.name, shard.header) as output:
+                for written in results(pool, _jobs(shard, output, computation, advance)):
+                    digests.update(written)
     return digests
+
+
+def _jobs(
+    shard: OutputShard, output: int, computation: _Computation, advance: Advance
+) -> Iterator[Callable[[], dict[str, Digest]]]:
+    """The work on one shard, in independent pieces; each gives the digests of the changed tensors in it."""
+    for action, group in groupby(shard.tensors, key=lambda tensor: tensor.action):
+        if action is Action.COPY:
+            yield partial(_copy, list(group), shard, output, advance)
+        else:
+            write = _replace if action is Action.REPLACE else computation.write
+            for tensor in group:
+                yield partial(write, tensor, shard, output, advance)
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _copy(tensors: list[OutputTensor], shard: OutputShard, output: int, advance: Advance) -> None:
+def _copy(tensors: list[OutputTensor], shard: OutputShard, output: int, advance: Advance) -> dict[str, Digest]:
     """A run of untouched tensors, in as few ranges as their places in the base allow."""
     ranges: list[tuple[Path, int, int, int]] = []
     for tensor in tensors:
@@ -93,6 +103,7 @@ def _copy(tensors: list[OutputTensor], shard: OutputShard, output: int, advance:
         ranges.append((tensor.stored.shard.path, source, source + tensor.info.nbytes, target))
     for path, begin, end, to in ranges:
         copy_range(path, begin, end - begin, output, to, advance)
+    return {}
 
 
 def copy_range(path: Path, offset: int, length: int, output: int, target: int, advance: Advance) -> None:
@@ -121,7 +132,7 @@ def copy_range(path: Path, offset: int, length: int, output: int, target: int, a
             advance(count)
 
 
-def _replace(tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> Digest:
+def _replace(tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> dict[str, Digest]:
     """The bytes of the one adapter's full tensor [A5]."""
     reader = BlobReader(tensor.edit.full[0].full_file(tensor.info.name))
     raw = to_memory(reader.tensor("tensor"))
@@ -129,7 +140,7 @@ def _replace(tensor: OutputTensor, shard: OutputShard, output: int, advance: Adv
         raise BadInput(f"Blob {reader.path.name} holds {len(raw):,} bytes, expected {tensor.info.nbytes:,}.")
     write_exactly(output, raw, shard.header.data_start + tensor.info.start)
     advance(len(raw))
-    return Digest.of(raw)
+    return {tensor.info.name: Digest.of(raw)}
 
 
 def matrix_shape(info: TensorInfo) -> tuple[int, ...]:
@@ -149,12 +160,12 @@ class _Computation:
         self._expected = expected
         self._device = device
 
-    def write(self, tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> Digest:
+    def write(self, tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> dict[str, Digest]:
         stored, info = tensor.stored, tensor.info
         if stored is None:
             raise BadInput(f"{info.name!r} is to be computed from a base that does not have it.")
         target = torch_dtype(info.dtype, info.name)
-        before, after = Hasher(Hasher.ALL), Hasher(Hasher.ALL)
+        before, after = Hasher(), Hasher()
         position = shard.header.data_start + info.start
         try:
             shape = matrix_shape(info)
@@ -178,7 +189,7 @@ class _Computation:
                 f"Tensor {info.name!r} of {stored.shard.path} is not what it was when the base was hashed: the file "
                 "was changed; add the base again."
             )
-        return after.digest()
+        return {info.name: after.digest()}
 
 
 def _tiles(stored: StoredTensor, shape: tuple[int, ...]) -> Iterator[tuple[int, memoryview, torch.Tensor]]:

@@ -12,8 +12,9 @@ hide: an error of one unit in the last place in a sampled row is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from loreg.format.base import BaseManifest
 from loreg.format.fingerprint import identify
 from loreg.format.recipe import DTYPES, MergeRecord
 from loreg.merge.inputs import AdapterInput, TensorEdit, edits_of, mapped
+from loreg.merge.workers import results, workers
 from loreg.tensors import to_memory
 
 KINDS = ("probe", "exact", "forward", "none")
 _PROBES = 4
 _ROWS = 16
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 # float64 sums of up to 2^20 terms, and the rounding of c·B: a factor far above what any order of summation needs.
 _SLACK = 2.0**-30
 
@@ -158,23 +160,34 @@ def _layout(subject: Subject) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _touched(subject: Subject, judge: Callable[[StoredTensor, StoredTensor, WeightedSum, int], str]) -> Check:
     """``judge`` on every tensor that was edited or converted; it returns what is wrong, or nothing."""
-    edits, count = subject.edits(), 0
-    for seed, (name, merged) in enumerate(sorted(subject.merged.tensors.items())):
-        edit, stored = edits.get(name, TensorEdit()), subject.base.tensors.get(name)
-        if name not in edits and (stored is None or stored.info.dtype == merged.info.dtype):
-            continue
-        count += 1
+    edits = subject.edits()
+    names = [
+        name
+        for name, merged in sorted(subject.merged.tensors.items())
+        if name in edits
+        or (name in subject.base.tensors and subject.base.tensors[name].info.dtype != merged.info.dtype)
+    ]
+
+    def look(seed: int, name: str) -> str:
+        merged, stored, edit = (
+            subject.merged.tensors[name],
+            subject.base.tensors.get(name),
+            edits.get(name, TensorEdit()),
+        )
         replacing = edit.replaces()
         if stored is None or (replacing and replacing.manifest.full[name].value.dtype == merged.info.dtype):
-            wrong = _replaced(name, merged, edit)
-        else:
-            wrong = judge(merged, stored, edit.load(stored), seed)
-        if wrong:
-            return Check("touched", False, f"{name!r} {wrong}")
+            return _replaced(name, merged, edit)
+        return judge(merged, stored, edit.load(stored), seed)
+
+    jobs = [partial(look, seed, name) for seed, name in enumerate(names)]
+    with workers(torch.device("cpu")) as pool:
+        for name, wrong in zip(names, results(pool, jobs), strict=True):
+            if wrong:
+                return Check("touched", False, f"{name!r} {wrong}")
     missing = sorted(set(edits) - set(subject.merged.tensors))
     if missing:
         return Check("touched", False, f"{missing[0]!r} is edited by the recipe and not in the output")
-    return Check("touched", True, f"{_count(range(count))} the correctly rounded sum")
+    return Check("touched", True, f"{_count(names)} the correctly rounded sum")
 
 
 def _replaced(name: str, merged: StoredTensor, edit: TensorEdit) -> str:
@@ -202,33 +215,34 @@ def _recompute(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, se
 
 
 def _probe(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, seed: int) -> str:
-    """Block by block in float64: W'x against the sum for a few x, and whole rows element by element."""
+    """Block by block in float64: (W' - W)x against Σ c·B(Ax) for a few x, and whole rows element by element."""
     W, written = _matrix(stored), _matrix(merged)
     rows, columns = W.shape
     left, right, size = _stacked(edit, rows, columns)
     vectors = _vectors(right, columns, seed)
+    sizes, added, spread = vectors.abs(), right @ vectors, size @ vectors.abs()
+    # One rounding moves a number by at most half a unit: eps/2 of it, or half the smallest subnormal.
+    info = torch.finfo(written.dtype)
+    unit, least = info.eps / 2 + _SLACK, info.tiny * info.eps / 2
+    sampled = _sample(rows, seed)
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
-    sampled = set(_sample(rows, seed))
     for first in range(0, rows, step):
         here = slice(first, min(rows, first + step))
-        exact_W, result = W[here].double(), written[here].double()
-        coefficients = left[here]
-        dense = torch.zeros_like(exact_W)
-        spread = exact_W.abs()
+        result = written[here].double()
+        difference = result - W[here].double()
+        bound = unit * (result.abs() @ sizes) + least * sizes.sum(0) + _SLACK * (left[here].abs() @ spread)
         for term in edit.dense:
-            value = term.scale * term.value.reshape(W.shape)[here].double()
-            dense += value
-            spread += value.abs()
-        allowed = half_ulp(written[here])
-        expected = (exact_W + dense) @ vectors + coefficients @ (right @ vectors)
-        magnitude = spread @ vectors.abs() + coefficients.abs() @ (size @ vectors.abs())
-        bound = allowed @ vectors.abs() + _SLACK * magnitude
-        if bool(((result @ vectors - expected).abs() > bound).any()):
+            dense = term.scale * term.value.reshape(W.shape)[here].double()
+            difference -= dense
+            bound += _SLACK * (dense.abs() @ sizes)
+        if bool(((difference @ vectors - left[here] @ added).abs() > bound).any()):
             return f"fails a probe in rows {first} to {here.stop}: W'x is not Wx + Σ c·B(Ax) within one rounding"
-        picks = torch.tensor([row - first for row in sampled if first <= row < here.stop], dtype=torch.long)
-        full = exact_W[picks] + dense[picks] + coefficients[picks] @ right
-        spread = spread[picks] + coefficients[picks].abs() @ size
-        if bool(((result[picks] - full).abs() > allowed[picks] + _SLACK * 2.0**-16 * spread).any()):
+        picks = sampled[(sampled >= first) & (sampled < here.stop)]
+        inside = picks - first
+        wrong = (difference[inside] - left[picks] @ right).abs()
+        terms = result[inside].abs() + left[picks].abs() @ size
+        terms += sum((term.scale * term.value.reshape(W.shape)[picks].double()).abs() for term in edit.dense)
+        if bool((wrong > half_ulp(written[picks]) + _SLACK * 2.0**-16 * terms).any()):
             return f"has an element in rows {first} to {here.stop} that is not the sum within one rounding"
     return ""
 
@@ -260,9 +274,9 @@ def _vectors(right: torch.Tensor, columns: int, seed: int) -> torch.Tensor:
     return torch.cat([signs, mixed / torch.where(largest > 0, largest, 1.0)], dim=1)
 
 
-def _sample(rows: int, seed: int) -> Sequence[int]:
-    generator = torch.Generator().manual_seed(seed + 1)
-    return [int(row) for row in torch.randperm(rows, generator=generator)[:_ROWS]]
+def _sample(rows: int, seed: int) -> torch.Tensor:
+    """A few row numbers at random, int64."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + 1))[:_ROWS]
 
 
 def require_record(folder: Path) -> MergeRecord:
