@@ -48,6 +48,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         "out": str(result.out),
         "recipe": str(result.recipe),
         "weights_root": str(result.weights_root),
+        "base_match": result.base_match.label,
         "touched": list(result.touched),
         "verification": verification_document(result.verification),
         "seconds": result.seconds,
@@ -59,6 +60,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         ("out", result.out),
         ("recipe", result.recipe),
         ("weights_root", result.weights_root),
+        ("base", f"fits by {result.base_match.label}"),
         ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
         ("verified", verification_text(result.verification)),
         (

@@ -83,6 +83,21 @@ class Match(enum.IntEnum):
     WEIGHTS = 4
     HUB_PIN = 5
 
+    @property
+    def label(self) -> str:
+        """Its name in the specification [B5]."""
+        return _LABELS[self]
+
+
+_LABELS = {
+    Match.NONE: "none",
+    Match.STRUCTURE: "structure_root",
+    Match.TOUCHED: "touched",
+    Match.CONTENT: "content_set",
+    Match.WEIGHTS: "weights_root",
+    Match.HUB_PIN: "hub_pin",
+}
+
 
 def match_base(
     expected: BaseIdentity, touched: Mapping[str, Digest], tensors: Mapping[str, BaseTensor]

@@ -15,7 +15,7 @@ import torch
 from loreg.checkpoint import Advance
 from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
-from loreg.format.fingerprint import BaseTensor, identify
+from loreg.format.fingerprint import BaseTensor, Match, identify
 from loreg.format.recipe import MergeRecord
 from loreg.merge.execute import execute
 from loreg.merge.plan import MergePlan, check_space
@@ -30,12 +30,14 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 class MergeResult:
     """A finished merge. ``seconds``: wall time from the first byte to the rename, verification included.
 
+    ``base_match``: how well the base fits the adapter that it fits least.
     ``touched``: the names of the tensors whose bytes may differ from the base's. ``undo_bytes``: the size of
     the undo journal, None without one.
     """
 
     out: Path
     record: MergeRecord
+    base_match: Match
     touched: tuple[str, ...]
     verification: Verification
     seconds: float
@@ -74,8 +76,9 @@ def write_merge(
         verification = verify(folder, record)
         if not verification.ok:
             raise CheckFailed(f"The merge was written and does not verify, so it was removed: {verification.reason}.")
+    weakest = min(plan.matches, default=Match.WEIGHTS)
     touched = tuple(sorted(tensor.info.name for tensor in plan.changed))
-    return MergeResult(out, record, touched, verification, time.monotonic() - began, _peak_rss())
+    return MergeResult(out, record, weakest, touched, verification, time.monotonic() - began, _peak_rss())
 
 
 def _peak_rss() -> int:

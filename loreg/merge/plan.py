@@ -16,7 +16,7 @@ from pathlib import Path
 from loreg.checkpoint import Checkpoint, StoredTensor
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, Unsupported, UsageError
-from loreg.format.base import BaseManifest
+from loreg.format.base import BaseManifest, HubPin
 from loreg.format.fingerprint import Match, match_base
 from loreg.format.recipe import DTYPES, Recipe
 from loreg.format.safetensors import Header, TensorInfo, canonical_header
@@ -91,16 +91,20 @@ def plan_merge(
     *,
     dtype: str | None = None,
     allow_mismatch: bool = False,
+    hub: HubPin | None = None,
     known: Mapping[Digest, Checkpoint] | None = None,
 ) -> MergePlan:
     """Plan W' = round(W + Σ wᵢΔWᵢ) for every tensor. ``dtype``: BF16, F16 or F32 for all floating ones.
 
-    ``known``: bases at hand by weights_root, to explain a mismatch with. Raises BaseMismatch, BadInput,
-    Unsupported, UsageError; touches no file but headers.
+    ``hub``: where the base is from, if from the Hub. ``known``: bases at hand by weights_root, to explain a
+    mismatch with. Raises BaseMismatch, BadInput, Unsupported, UsageError; touches no file but headers.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not an output dtype: expected one of {', '.join(DTYPES)}.")
-    matches = tuple(_check_base(adapter, base, base_manifest, allow_mismatch, known or {}) for adapter in adapters)
+    matches = tuple(
+        _pinned(adapter, hub, _check_base(adapter, base, base_manifest, allow_mismatch, known or {}))
+        for adapter in adapters
+    )
     mismatch = any(match < Match.TOUCHED for match in matches)
     identity = base_manifest.identity
     recipe = Recipe.of(
@@ -142,6 +146,12 @@ def _check_base(
         f"{reference.identity.weights_root.short}…), and the base at {base.root} differs in {len(differing)} of the "
         f"{len(reference.touched)} tensors that it adapts: {shown}. {reason}"
     )
+
+
+def _pinned(adapter: AdapterInput, hub: HubPin | None, match: Match) -> Match:
+    """The level with what is known of the Hub: the same repository, commit and SHA-256 of each weight file [B5]."""
+    same = hub is not None and bool(hub.files) and hub == adapter.manifest.base.hub
+    return Match.HUB_PIN if same and match is Match.WEIGHTS else match
 
 
 def _explain(adapter: AdapterInput, base: BaseManifest, differing: Sequence[str]) -> str:

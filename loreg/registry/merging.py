@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
-from loreg.format.base import BaseManifest, BaseReference
+from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import parse_expression
@@ -105,27 +105,36 @@ def merge(
     target = choose_device(device)
     adapters = resolve_terms(registry, expression)
     stage = progress or (lambda label, total: silent)
-    with _base_for(registry, adapters, base, out, stage) as (checkpoint, manifest):
+    with _base_for(registry, adapters, base, out, stage) as found:
         plan = plan_merge(
-            checkpoint,
-            manifest,
+            found.checkpoint,
+            found.manifest,
             adapters,
+            hub=found.hub,
             dtype=_DTYPES[dtype.lower()] if dtype else None,
             allow_mismatch=allow_base_mismatch,
             known=_known_checkpoints(registry, adapters),
         )
 
         def check(folder: Path, record: MergeRecord) -> Verification:
-            subject = Subject.of(folder, record, checkpoint, manifest, plan.adapters)
+            subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
             return run_verification(verify, subject, stage("verifying", plan.nbytes))
 
         return write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
 
 
+class _Found(NamedTuple):
+    """A base at hand: its files, what is in them, and where on the Hub they are from."""
+
+    checkpoint: Checkpoint
+    manifest: BaseManifest
+    hub: HubPin | None = None
+
+
 @contextmanager
 def _base_for(
     registry: Registry, adapters: Sequence[AdapterInput], base: str | Path | None, out: Path, stage: Progress
-) -> Iterator[tuple[Checkpoint, BaseManifest]]:
+) -> Iterator[_Found]:
     """The base to merge into: the one given, else the adapters' own, which must then be one."""
     if base is not None:
         given = registry.bases.find(base, stage("hashing", 0))
@@ -148,7 +157,7 @@ def _base_for(
 @contextmanager
 def _recorded(
     registry: Registry, root: Digest, references: Sequence[BaseReference], out: Path, stage: Progress
-) -> Iterator[tuple[Checkpoint, BaseManifest]]:
+) -> Iterator[_Found]:
     """The base with these weights: as registered, else made anew from the recipe that ``references`` give of it."""
     known = registry.bases.of_root(root)
     if known is not None and known.path is not None and known.path.exists():
@@ -165,8 +174,10 @@ def _recorded(
     chain = recipe_inputs(registry, recipe)
     origins = [adapter.manifest.base for adapter in chain]
     with scratch(out, f"{root.short}.base") as folder:
-        with _recorded(registry, recipe.base, origins, out, stage) as (checkpoint, manifest):
-            plan = plan_merge(checkpoint, manifest, chain, dtype=recipe.dtype, allow_mismatch=recipe.base_mismatch)
+        with _recorded(registry, recipe.base, origins, out, stage) as origin:
+            plan = plan_merge(
+                origin.checkpoint, origin.manifest, chain, dtype=recipe.dtype, allow_mismatch=recipe.base_mismatch
+            )
             unchecked = Verification("none")
             result = write_merge(
                 plan,
@@ -180,12 +191,13 @@ def _recorded(
                 f"Base {named.name!r} is a merge that could not be made again: expected {root}, found "
                 f"{result.weights_root}; give --base PATH."
             )
-        yield Checkpoint.open(result.out), BaseManifest(result.record.tensors)
+        yield _Found(Checkpoint.open(result.out), BaseManifest(result.record.tensors))
 
 
-def _open_checked(base: Base, cache: LeafCache, stage: Progress) -> tuple[Checkpoint, BaseManifest]:
+def _open_checked(base: Base, cache: LeafCache, stage: Progress) -> _Found:
     checkpoint = base.open()
-    return checkpoint, check_files(base, checkpoint, cache, stage("hashing the base", checkpoint.nbytes))
+    manifest = check_files(base, checkpoint, cache, stage("hashing the base", checkpoint.nbytes))
+    return _Found(checkpoint, manifest, base.hub)
 
 
 def _known_checkpoints(registry: Registry, adapters: Sequence[AdapterInput]) -> dict[Digest, Checkpoint]:
