@@ -139,11 +139,13 @@ class Checkpoint:
         if len(alone) == 1:
             return cls._of(path, alone, None)
         others = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
-        found = f"found {', '.join(others[:4])}" if others else "found no weights"
-        raise NotFound(
-            f"{path} holds no {_SINGLES[0]} and no {_INDICES[0]}: {found}; save the model with "
-            "save_pretrained(safe_serialization=True)."
-        )
+        expected = f"expected {_SINGLES[0]} or {_INDICES[0]}"
+        if others:
+            raise BadInput(
+                f"{path} holds {', '.join(others[:4])}, {expected}: loreg reads safetensors only, as the others may "
+                "run code; save the model with save_pretrained."
+            )
+        raise NotFound(f"{path} holds no weights: {expected}.")
 
     @classmethod
     def _sharded(cls, root: Path, index: Path) -> Checkpoint:

@@ -60,7 +60,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         ("out", result.out),
         ("recipe", result.recipe),
         ("weights_root", result.weights_root),
-        ("base", f"fits by {result.base_match.label}"),
+        ("base", f"matches by {result.base_match.label}"),
         ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
         ("verified", verification_text(result.verification)),
         (

@@ -187,7 +187,7 @@ def _touched(subject: Subject, judge: Callable[[StoredTensor, StoredTensor, Weig
     missing = sorted(set(edits) - set(subject.merged.tensors))
     if missing:
         return Check("touched", False, f"{missing[0]!r} is edited by the recipe and not in the output")
-    return Check("touched", True, f"{_count(names)} the correctly rounded sum")
+    return Check("touched", True, f"{_count(names)} correctly rounded sums, each within the bound")
 
 
 def _replaced(name: str, merged: StoredTensor, edit: TensorEdit) -> str:

@@ -170,6 +170,21 @@ def test_every_element_is_the_storage_value_nearest_to_the_exact_sum(
     assert tiny.tensors_in(result.out) == expected
 
 
+@pytest.mark.parametrize("tiny_term", [2.0**-30, 2.0**-40, 2.0**-60])
+@pytest.mark.parametrize("dtype", sorted(tiny.FORMATS))
+def test_a_sum_just_beside_a_tie_is_rounded_to_its_side(shared: Shared, dtype: str, tiny_term: float) -> None:
+    # In float32 (of 2⁻³⁰ on) or float64 (2⁻⁶⁰) it is the tie itself, and ties go to even.
+    half = 2.0 ** -tiny.FORMATS[dtype][0]
+    W = tiny.tensor(dtype, 1 + 2 * half * np.arange(16).reshape(4, 4))
+    signs = np.array([1, -1, 0, 1])
+    A = tiny.tensor("F32", [[1.0] * 4, signs * tiny_term])
+    B = tiny.tensor("F32", [[half, 1], [-half, 1], [half, -1], [3 * half, 0]])
+    case = Case({f"{V}.weight": W}, (Adapter({V: tiny.Factors(A, B)}, 2, False),), (1.0,))
+    world = World(*shared, case)
+    written = tiny.tensors_in(world.merge(world.names[0], verify="exact").out)
+    assert written[f"{V}.weight"] == case.expected(f"{V}.weight")
+
+
 @few
 @given(case=cases(adapters=1))
 def test_one_adapter_at_weight_one_is_itself(shared: Shared, case: Case) -> None:

@@ -206,10 +206,10 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_directory_without_safetensors_is_refused_naming_what_is_there(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="found no weights"):
+    with pytest.raises(NotFound, match="holds no weights"):
         Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(NotFound, match=r"found pytorch_model.bin; save the model with .*safe_serialization"):
+    with pytest.raises(BadInput, match=r"holds pytorch_model.bin, expected model.safetensors .* save_pretrained"):
         Checkpoint.open(tmp_path)
     with pytest.raises(NotFound, match="does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
