@@ -276,8 +276,8 @@ class Registry:
         Each element is the value of the storage dtype nearest to the exact sum (``loreg-exact-1``), whatever
         the device. ``base``: default is where the adapters' own base is registered. ``dtype``: ``bfloat16``,
         ``float16`` or ``float32``, for every tensor that is one of these three. ``verify``: ``probe``, ``exact``,
-        ``forward`` or ``none``. ``progress(label, total bytes)`` gives the callback of one stage. Raises BaseMismatch,
-        Conflict, CheckFailed, BadInput; nothing is left at ``out`` then.
+        ``forward`` or ``none``. ``progress(label, total bytes)`` gives the callback of one stage. Raises
+        BaseMismatch, Conflict, CheckFailed, BadInput; nothing is left at ``out`` then.
         """
         from loreg.registry.merging import merge
 
