@@ -7,7 +7,7 @@ truncation (:mod:`combine`, :mod:`truncate`), and a merged weight is correctly r
 
 from __future__ import annotations
 
-from loreg.algebra.combine import Combined, cat, linear, svd
+from loreg.algebra.combine import Combined, linear, svd
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank, concatenate
 from loreg.algebra.edits import Prepared, WeightedSum, apply
 from loreg.algebra.rounding import STORAGE_DTYPES, from_ordered, half_ulp, ordered, round_to, ulp_distance
@@ -23,7 +23,6 @@ __all__ = [
     "Truncated",
     "WeightedSum",
     "apply",
-    "cat",
     "concatenate",
     "from_ordered",
     "half_ulp",

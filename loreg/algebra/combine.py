@@ -1,13 +1,15 @@
 """Several adapters' deltas for one weight made one: a function per method, all of one signature.
 
-Each takes ``terms``, pairs of (weight, delta), and gives a :class:`Combined`. What is exact says so by a
-relative error of 0; what is not says by how much it is off.
+Each takes ``terms``, pairs of (weight, delta). ``linear`` is exact and gives the terms of the sum; what is not exact
+gives a :class:`Combined`, which says by how much it is off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from loreg.algebra.delta import LowRank, common_shape
 from loreg.algebra.truncate import truncate
@@ -18,10 +20,11 @@ Terms = Sequence[tuple[float, LowRank]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Combined:
-    """Deltas whose sum is the result, and ‖result - Σ w·Δ‖ / ‖Σ w·Δ‖ in the Frobenius norm."""
+    """Deltas whose sum is the result, ‖result - Σ w·Δ‖ / ‖Σ w·Δ‖ and ‖Σ w·Δ‖, in the Frobenius norm."""
 
     low_rank: tuple[LowRank, ...]
     relative_error: float
+    norm: float
 
 
 def linear(terms: Terms) -> tuple[LowRank, ...]:
@@ -31,13 +34,8 @@ def linear(terms: Terms) -> tuple[LowRank, ...]:
     return tuple(delta.scaled(weight) for weight, delta in terms)
 
 
-def cat(terms: Terms) -> Combined:
-    """:func:`linear` as a method: exact, rank Σr."""
-    return Combined(linear(terms), 0.0)
-
-
 def svd(terms: Terms, rank: int | None = None, energy: float | None = None) -> Combined:
     """Σ w·Δ truncated to ``rank``, or to what holds ``energy`` of its square norm: see
     :func:`~loreg.algebra.truncate.truncate`. One delta of float64 factors; the error is the truncation's."""
     result = truncate(linear(terms), rank=rank, energy=energy)
-    return Combined((result.delta,), result.relative_error)
+    return Combined((result.delta,), result.relative_error, float(torch.linalg.vector_norm(result.singular_values)))

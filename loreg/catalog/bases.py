@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
-from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -13,20 +11,6 @@ from loreg.catalog.models import BaseRow, FileHash
 from loreg.digest import Digest
 from loreg.errors import Conflict
 from loreg.format.reference import check_name
-
-
-class StatKey(NamedTuple):
-    """What identifies the content of a file without reading it."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> StatKey:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def add_base(

@@ -6,7 +6,7 @@ values stay readable after it. The time is always an argument.
 
 from __future__ import annotations
 
-from loreg.catalog.bases import StatKey, add_base, cached_leaves, find_base, list_bases, remember_leaves
+from loreg.catalog.bases import add_base, cached_leaves, find_base, list_bases, remember_leaves
 from loreg.catalog.blobs import (
     begin_lease,
     blob_matching_prefix,
@@ -30,7 +30,6 @@ from loreg.catalog.versions import (
 __all__ = [
     "BaseRow",
     "Blob",
-    "StatKey",
     "TagMoveRow",
     "TagRow",
     "VersionRow",

@@ -12,13 +12,13 @@ from sqlalchemy.exc import DBAPIError
 from loreg.errors import BadInput, CheckFailed, Conflict, LoregError, UsageError
 
 _CONSTRAINT_DATATYPE = sqlite3.SQLITE_CONSTRAINT | 12 << 8  # Python 3.11 has no name for it
-_DAMAGED = (BadInput, "restore a backup, or run `loreg fsck`")
+_DAMAGED = (BadInput, "restore a backup")
 _PLACE = (UsageError, "make it writable, or choose another one with LOREG_CATALOG or LOREG_HOME")
 _FAMILIES: dict[int, tuple[type[LoregError], str]] = {
     sqlite3.SQLITE_BUSY: (Conflict, "another process holds it; try again when that one is done"),
     sqlite3.SQLITE_LOCKED: (Conflict, "another process holds it; try again when that one is done"),
     sqlite3.SQLITE_FULL: (CheckFailed, "the disk is full; free some space"),
-    sqlite3.SQLITE_IOERR: (BadInput, "check the disk, then run `loreg fsck`"),
+    sqlite3.SQLITE_IOERR: (BadInput, "check the disk, and restore a backup if need be"),
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
     sqlite3.SQLITE_READONLY: _PLACE,

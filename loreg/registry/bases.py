@@ -135,13 +135,10 @@ class Bases:
             raise NotFound(f"No base is called {name!r}: {listed}; add it with 'loreg base add'.")
         return self._load(row)
 
-    def manifest_of(self, checkpoint: Checkpoint, advance: Advance) -> BaseManifest:
-        return checkpoint.manifest(self.cache, advance)
-
     def _load(self, row: BaseRow) -> Base:
         manifest = BaseManifest.parse(self._storage.read(row.manifest))
         if manifest.identity.weights_root != row.weights_root:
-            raise BadInput(f"The manifest of base {row.name!r} does not have its weights_root; run 'loreg fsck'.")
+            raise BadInput(f"The manifest of base {row.name!r} does not have its weights_root; add the base again.")
         hub = None
         if row.hub_repo and row.hub_commit:
             hub = HubPin(row.hub_repo, row.hub_commit, json.loads(row.hub_files or "{}"))

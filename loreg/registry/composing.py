@@ -10,8 +10,8 @@ import torch
 
 from loreg.adapters.draft import RawTensor
 from loreg.adapters.folding import raw_of, tensor_of
+from loreg.algebra.combine import svd
 from loreg.algebra.delta import LowRank
-from loreg.algebra.truncate import truncate
 from loreg.digest import Digest
 from loreg.errors import Unsupported, UsageError
 from loreg.format.base import BaseReference
@@ -156,11 +156,10 @@ def _truncated(
             )
             for index, term in enumerate(module.terms)
         ]
-        truncated = truncate(deltas, rank=rank)
-        square = float(truncated.singular_values.square().sum())
-        lost += truncated.relative_error**2 * square
-        whole += square
-        delta = truncated.delta
+        combined = svd([(1.0, delta) for delta in deltas], rank=rank)
+        lost += (combined.relative_error * combined.norm) ** 2
+        whole += combined.norm**2
+        (delta,) = combined.low_rank
         A = raw_of(f"{path}.lora_A.0", delta.right.to(torch.float32).cpu())
         B = raw_of(f"{path}.lora_B.0", delta.left.to(torch.float32).cpu())
         term = LowRankTerm(delta.rank, None, delta.scale, reference(A), reference(B))

@@ -281,8 +281,17 @@ class Registry:
         """
         from loreg.registry.merging import merge
 
-        options = {"dtype": dtype, "device": device, "verify": verify, "allow_base_mismatch": allow_base_mismatch}
-        return merge(self, expression, Path(out), base=base, progress=progress, **options)  # type: ignore[arg-type]
+        return merge(
+            self,
+            expression,
+            Path(out),
+            base=base,
+            dtype=dtype,
+            device=device,
+            verify=verify,
+            allow_base_mismatch=allow_base_mismatch,
+            progress=progress,
+        )
 
     def unmerge(
         self, merged: str | Path, out: str | Path, *, base: str | Path | None = None, advance: Advance = silent

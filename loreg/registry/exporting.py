@@ -71,7 +71,7 @@ def _source_chunks(
     if (found.sha256, found.size) != (file.sha256, file.size):
         raise BadInput(
             f"{file.name} of {version} cannot be given back: expected sha256 {file.sha256}, found {found.sha256}; "
-            "run 'loreg fsck'."
+            "restore the store from a backup, or push it again."
         )
 
 
@@ -92,7 +92,9 @@ def tensor_reader(storage: Storage, manifest: AdapterManifest) -> Callable[[str]
         blob = manifest.full[name].blob if role == "full" else factors.digest if factors else None
         found = tensors(storage.path(blob)).get("tensor" if role == "full" else name) if blob else None
         if found is None:
-            raise BadInput(f"The manifest lists {place!r}, which its blob does not hold; run 'loreg fsck'.")
+            raise BadInput(
+                f"The manifest lists {place!r}, which its blob does not hold; it is damaged: push it again."
+            )
         return found
 
     return read

@@ -109,7 +109,9 @@ class Storage:
         with self.database.read() as session:
             row = queries.find_blob(session, digest)
             if row is None or row.state != "live":
-                raise NotFound(f"Blob {digest} is not in the store; run 'loreg fsck'.")
+                raise NotFound(
+                    f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again."
+                )
             return BlobKey(digest, row.generation)
 
     def read(self, digest: Digest) -> bytes:
@@ -121,13 +123,15 @@ class Storage:
         key = self.key(digest)
         path = self.store.path(key)
         if path is None or not path.is_file():
-            raise NotFound(f"Blob {digest} is not in the store; run 'loreg fsck'.")
+            raise NotFound(f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again.")
         if key not in self._verified:
             hasher = Hasher(Hasher.ALL)
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     hasher.update(chunk)
             if hasher.digest() != digest:
-                raise BadInput(f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; run 'loreg fsck'.")
+                raise BadInput(
+                    f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; restore it from a backup, or push its adapter again."
+                )
             self._verified.add(key)
         return path

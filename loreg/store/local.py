@@ -64,7 +64,7 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise NotFound(
                     f"blob {key.digest} is not in the store {self._root} (generation {key.generation}): "
-                    "run `loreg fsck` to see what else is missing."
+                    "restore the store from a backup, or push its adapter again."
                 ) from error
 
     def path(self, key: BlobKey) -> Path:
@@ -76,7 +76,7 @@ class LocalStore:
         if verify and (found := Digest.of(data)) != key.digest:
             raise BadInput(
                 f"blob {key.digest} in the store {self._root} is corrupt: its {len(data)} bytes hash to "
-                f"{found}; run `loreg fsck --repair`, or push its adapter again."
+                f"{found}; restore it from a backup, or push its adapter again."
             )
         return data
 
@@ -198,6 +198,6 @@ def _typed(doing: str, root: Path) -> Iterator[None]:
         elif error.errno in _UNUSABLE:
             family, advice = UsageError, "choose a writable directory with LOREG_STORE or LOREG_HOME"
         else:
-            family, advice = BadInput, "check the disk, then run `loreg fsck`"
+            family, advice = BadInput, "check the disk, and restore a backup if need be"
         where = f" at {error.filename}" if error.filename else ""
         raise family(f"could not {doing} in the store {root}: {error.strerror or error}{where}; {advice}.") from error
