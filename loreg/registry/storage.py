@@ -131,8 +131,8 @@ class Storage:
                     hasher.update(chunk)
             if hasher.digest() != digest:
                 raise BadInput(
-                    f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; restore it from a backup, or push "
-                    "its adapter again."
+                    f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; restore it from a backup, or "
+                    "push its adapter again."
                 )
             self._verified.add(key)
         return path
