@@ -129,12 +129,16 @@ class Checkpoint:
             return replace(cls._of(path.parent, [path], None), lone=True)
         if not path.is_dir():
             raise NotFound(f"{path} does not exist: expected the directory of a model.")
-        for name in _INDICES:
-            if (path / name).is_file():
-                return cls._sharded(path, path / name)
-        for name in _SINGLES:
-            if (path / name).is_file():
-                return cls._of(path, [path / name], None)
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise BadInput(f"{path} holds an adapter: expected the model that it is for.")
+        whole = [name for name in (*_SINGLES, *_INDICES) if (path / name).is_file()]
+        if len(whole) > 1:
+            raise BadInput(
+                f"{path} holds {' and '.join(whole)}: which is the model cannot be told; remove the other."
+            )
+        if whole:
+            file = path / whole[0]
+            return cls._sharded(path, file) if whole[0] in _INDICES else cls._of(path, [file], None)
         alone = sorted(path.glob("*.safetensors"))
         if len(alone) == 1:
             return cls._of(path, alone, None)
@@ -209,6 +213,15 @@ class Checkpoint:
                 if not weights and not name.startswith(".") and path.is_file():
                     found.append(path.relative_to(self.root))
         return found
+
+    def left_out(self) -> list[Path]:
+        """What lies in ``root`` and is neither the model's tensors nor copied beside them, relative, in order."""
+        if self.lone:
+            return []
+        own = {shard.path for shard in self.shards} | {self.root / path for path in self.side_files()}
+        own |= {self.root / name for name in _OWN_FILES}
+        files = (Path(folder) / name for folder, _, names in os.walk(self.root) for name in names)
+        return sorted(path.relative_to(self.root) for path in files if path not in own)
 
     def manifest(self, cache: LeafCache | None = None, advance: Advance | None = None) -> BaseManifest:
         """Every tensor with its digest: from the cache, or by reading the file. Raises BadInput."""

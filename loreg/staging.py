@@ -22,11 +22,19 @@ def staged(out: Path, identity: Digest, *, wait: bool = False) -> Iterator[Path]
     again and not piled up. Raises Conflict if ``out`` is taken, or another process is at the same work; with
     ``wait``, only once that one has finished.
     """
+    if out.resolve() == Path.cwd():
+        raise Conflict(f"{out or '.'} is the directory that this runs in: choose a new one.")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise Conflict(f"{out} exists and is not an empty directory: choose another, or remove it first.")
     with scratch(out, f"{identity.short}.partial", wait=wait) as folder:
         yield folder
         _put(folder, out)
+
+
+def refuse_inside(out: Path, root: Path) -> None:
+    """Conflict if ``out`` lies in ``root``: it would be copied as a part of it the next time."""
+    if out.resolve().is_relative_to(root.resolve()):
+        raise Conflict(f"{out} lies in {root}, which it is made from: choose a directory outside.")
 
 
 @contextmanager

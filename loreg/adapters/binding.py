@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loreg.adapters import names
+from loreg.adapters import models, names
 from loreg.adapters.draft import Draft, DraftModule, RawTensor
 from loreg.errors import BadInput, Unsupported
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.module import IN_OUT, OUT_IN
 
-# transformers' Conv1D layers, which store (in, out): model type → last part of the module path. Needed for square
-# weights, such as GPT-2's attn.c_proj, where the shape cannot tell.
-_CONV1D_LAYERS: Mapping[str, frozenset[str]] = {
-    model: frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-    for model in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-}
+Found = Callable[[str], BaseTensor]
+"""The base's weight for a module path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +56,17 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
     for wanted in (*weights.values(), *biases.values()):
         if wanted not in found:
             raise _missing(wanted, tensors, config)
+
+    def weight_of(path: str) -> BaseTensor:
+        return tensors[found[weights[path]]]
+
     modules = {
         path: BoundModule(
             draft=module,
             tensor=found[weights[path]],
             kind=_kind(
                 module,
-                orientation := _orientation(path, module, tensors[found[weights[path]]], draft, config),
+                orientation := _orientation(path, module, draft, weight_of, config),
             ),
             orientation=orientation,
             bias_tensor=found[biases[path]] if path in biases else None,
@@ -83,7 +83,7 @@ def _full(
     for name, tensor in draft.full.items():
         module = name.rpartition(".")[0]
         added = name not in found
-        if added and not any(f".{saved}." in f".{name}" for saved in draft.saved_modules):
+        if added and not _is_new(name, draft.saved_modules, tensors):
             raise _missing(name, tensors, config)
         target = found.get(name, name)
         if target in full:
@@ -92,12 +92,20 @@ def _full(
     return full
 
 
-def _orientation(path: str, module: DraftModule, weight: BaseTensor, draft: Draft, config: Mapping[str, Any]) -> str:
-    inner, outer = module.term.A.shape[1], module.term.B.shape[0]
-    fits = {kind for kind, shape in ((OUT_IN, (outer, inner)), (IN_OUT, (inner, outer))) if weight.shape == shape}
-    if module.embedding:
-        fits &= {IN_OUT}
+def _is_new(name: str, saved_modules: Collection[str], tensors: Collection[str]) -> bool:
+    """Whether the tensor is of a saved module that the base knows nothing of, such as a classifier's head.
+
+    Where the base has that module somewhere, a tensor of it that fits nowhere is a stranger: layer 7 of 2.
+    """
+    of = [f".{saved}." for saved in saved_modules if f".{saved}." in f".{name}"]
+    return bool(of) and not any(part in f".{known}" for part in of for known in tensors)
+
+
+def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, config: Mapping[str, Any]) -> str:
+    weight = found(path)
+    fits = _fitting(module, weight)
     if not fits:
+        outer, inner = module.term.B.shape[0], module.term.A.shape[1]
         raise BadInput(
             f"Module {path!r} does not fit its base: expected {weight.name!r} of shape {[outer, inner]}, found "
             f"{list(weight.shape)}; was the adapter trained on another base?"
@@ -105,16 +113,27 @@ def _orientation(path: str, module: DraftModule, weight: BaseTensor, draft: Draf
     if len(fits) == 1:
         return fits.pop()
     leaf = path.rpartition(".")[2]
-    if leaf in _CONV1D_LAYERS.get(config.get("model_type", ""), ()):
+    if models.stores_in_out(config, leaf):
         return IN_OUT
-    if not module.in_out_hint:
+    # The config's fan_in_fan_out speaks of the last layer that PEFT looked at, so for a square layer it proves
+    # nothing; other layers of the same name whose shapes tell do.
+    if not module.in_out_hint and not models.may_store_in_out(leaf):
         return OUT_IN
-    if config.get("model_type"):
-        raise BadInput(
-            f"Module {path!r} is square and the adapter says fan_in_fan_out, but {config['model_type']!r} is not "
-            "known to store its weights as (in, out): its orientation cannot be told; it is refused."
-        )
-    return IN_OUT
+    told = [_fitting(other, found(name)) for name, other in draft.modules.items() if name.rpartition(".")[2] == leaf]
+    evidence = {kind for kinds in told if len(kinds) == 1 for kind in kinds}
+    if len(evidence) == 1:
+        return evidence.pop()
+    raise Unsupported(
+        f"Module {path!r} is square, and neither config.json (model_type {config.get('model_type')!r}) nor another "
+        "layer of that name tells whether it is stored as (in, out): its orientation would be a guess."
+    )
+
+
+def _fitting(module: DraftModule, weight: BaseTensor) -> set[str]:
+    """The orientations in which the factors have the shape of the weight."""
+    inner, outer = module.term.A.shape[1], module.term.B.shape[0]
+    fits = {kind for kind, shape in ((OUT_IN, (outer, inner)), (IN_OUT, (inner, outer))) if weight.shape == shape}
+    return fits & {IN_OUT} if module.embedding else fits
 
 
 def _kind(module: DraftModule, orientation: str) -> str:

@@ -19,6 +19,7 @@ from loreg.checkpoint import FileStamp, open_binary
 from loreg.errors import BadInput, NotFound, Unsupported
 from loreg.format import canonical_json
 from loreg.format.fields import Fields
+from loreg.format.manifest import is_file_name
 from loreg.format.safetensors import read_header
 
 CONFIG = "adapter_config.json"
@@ -52,6 +53,12 @@ _HARMLESS = frozenset(
 )
 # Initialisations that leave the base as it is. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ train against another.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+# A stranger's regular expressions are run on every module path: what can take exponential time is refused.
+_PATTERN_LENGTH = 512
+_QUANTIFIERS = 3
+_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)\s*[*+{]")
 
 # Small files that belong to an adapter; weights, optimizer states and the like do not.
 _KEPT_SUFFIXES = frozenset({".json", ".md", ".txt", ".jinja", ".model", ".yaml", ".yml", ""})
@@ -120,6 +127,11 @@ def _check_pattern(pattern: object, where: str) -> None:
             re.compile(key)
         except re.error as error:
             raise BadInput(f"{where}: {key!r} is not a regular expression: {error}.") from error
+        if len(key) > _PATTERN_LENGTH or len(_QUANTIFIER.findall(key)) > _QUANTIFIERS or _REPEATED_GROUP.search(key):
+            raise Unsupported(
+                f"{where}: {key[:60]!r} repeats a group, or more than {_QUANTIFIERS} times something else, and "
+                "such an expression can take for ever to match: write it with fewer repetitions."
+            )
         if type(value) not in (int, float):
             raise BadInput(f"{where}: expected a number for {key!r}, found {value!r}.")
 
@@ -155,7 +167,10 @@ def _group(
         elif "lora_" in name:
             raise Unsupported(f"Tensor {key!r} is none of the parts of a LoRA that are handled yet.")
         else:
-            full[name.replace(".base_layer.", ".")] = tensor
+            plain = name.replace(".base_layer.", ".")
+            if plain in full:
+                raise BadInput(f"Tensors {full[plain].key!r} and {key!r} both mean {plain!r}: expected one.")
+            full[plain] = tensor
     return {path: _module(path, found, config) for path, found in parts.items()}, full
 
 
@@ -204,7 +219,7 @@ def _side_files(folder: Path, weights: str) -> tuple[list[DraftFile], tuple[str,
     for path in sorted(folder.iterdir()):
         if path.name == weights or path.name.startswith("."):
             continue
-        if path.is_file() and path.suffix.lower() in _KEPT_SUFFIXES:
+        if path.is_file() and path.suffix.lower() in _KEPT_SUFFIXES and is_file_name(path.name):
             kept.append(DraftFile(path))
         else:
             left_out.append(path.name + ("/" if path.is_dir() else ""))

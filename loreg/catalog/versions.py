@@ -207,5 +207,8 @@ def find_adapter(s: Session, name: str) -> Adapter:
 def _summary(s: Session, adapter: Adapter) -> str:
     numbers = s.scalars(select(Version.number).where(Version.adapter_id == adapter.id).order_by(Version.number)).all()
     tags = s.scalars(select(Tag.name).where(Tag.adapter_id == adapter.id).order_by(Tag.name)).all()
-    versions = f"{len(numbers)} versions, v{numbers[0]} to v{numbers[-1]}" if numbers else "no versions"
+    if len(numbers) == 1:
+        versions = f"one version, v{numbers[0]}"
+    else:
+        versions = f"{len(numbers)} versions, v{numbers[0]} to v{numbers[-1]}" if numbers else "no versions"
     return f"{versions}, and the tags {', '.join(tags)}" if tags else f"{versions}, and no tags"

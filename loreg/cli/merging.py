@@ -54,6 +54,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
         "undo_bytes": result.undo_bytes,
+        "left_out": list(result.left_out),
         "bytes": written,
     }
     told = [
@@ -63,6 +64,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         ("base", f"matches by {result.base_match.label}"),
         ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
         ("verified", verification_text(result.verification)),
+        *([("not copied", ", ".join(result.left_out))] if result.left_out else []),
         (
             "took",
             f"{result.seconds:.2f} s for {text.size(written)}, {text.size(written / max(result.seconds, 1e-9))}/s; "

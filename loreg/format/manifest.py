@@ -74,9 +74,14 @@ class SourceFile:
 _FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff/\\]+")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` is a bare file name that a manifest can hold [M8]."""
+    return bool(_FILE_NAME.fullmatch(name)) and name not in (".", "..") and len(name.encode()) <= 255
+
+
 def check_file_name(name: str, where: str) -> str:
     """A bare file name, or BadInput [M8]: a manifest must not write outside the directory of an export."""
-    if not _FILE_NAME.fullmatch(name) or name in (".", "..") or len(name.encode()) > 255:
+    if not is_file_name(name):
         raise BadInput(f"{where}: expected a bare file name, found {name!r}.")
     return name
 

@@ -145,7 +145,7 @@ def _run(
 def _adapt(model: Any, subject: Subject) -> None:
     """Add the adapters to a live model as a trainer does: beside the weights, not into them."""
     edits = subject.edits()
-    owners = names.resolve(edits, dict(model.named_parameters()))
+    owners = names.resolve(edits, dict(model.named_parameters(remove_duplicate=False)))
     for name, edit in edits.items():
         if name not in owners:
             raise Unsupported(f"{name!r} is no parameter of {type(model).__name__}, so the model cannot be compared.")

@@ -16,7 +16,7 @@ from loreg.checkpoint import StoredTensor, open_binary
 from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.manifest import AdapterManifest
-from loreg.format.module import IN_OUT, FullTensor, Module
+from loreg.format.module import IN_OUT, Module
 from loreg.format.safetensors import Header, read_header
 from loreg.tensors import from_buffer, torch_dtype
 
@@ -149,11 +149,4 @@ def module_of(edit: TensorEdit) -> tuple[AdapterInput, str, Module] | None:
     """An adapted module behind the edit, for messages."""
     for adapter, path in (*edit.low_rank, *edit.bias):
         return adapter, path, adapter.manifest.modules[path]
-    return None
-
-
-def full_of(edit: TensorEdit, name: str) -> tuple[AdapterInput, FullTensor] | None:
-    """A replacing tensor behind the edit, for messages."""
-    for adapter in edit.full:
-        return adapter, adapter.manifest.full[name]
     return None

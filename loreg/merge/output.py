@@ -20,7 +20,7 @@ from loreg.format.recipe import MergeRecord
 from loreg.merge.execute import execute
 from loreg.merge.plan import MergePlan, check_space
 from loreg.merge.verify import Verification
-from loreg.staging import staged, sync_tree
+from loreg.staging import refuse_inside, staged, sync_tree
 
 RECORD = "loreg.json"
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -28,11 +28,12 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge. ``seconds``: wall time from the first byte to the rename, verification included.
+    """A finished merge.
 
-    ``base_match``: how well the base fits the adapter that it fits least.
-    ``touched``: the names of the tensors whose bytes may differ from the base's. ``undo_bytes``: the size of
-    the undo journal, None without one.
+    ``base_match``: how well the base fits the adapter that it fits least. ``touched``: the tensors whose bytes may
+    differ from the base's. ``seconds``: wall time from the first byte to the rename, verification included.
+    ``left_out``: files of the base's directory that were not copied, as other weights may be stale copies of
+    these. ``undo_bytes``: the size of the undo journal, None without one.
     """
 
     out: Path
@@ -42,6 +43,7 @@ class MergeResult:
     verification: Verification
     seconds: float
     peak_rss_bytes: int
+    left_out: tuple[str, ...] = ()
     undo_bytes: int | None = None
 
     @property
@@ -67,6 +69,8 @@ def write_merge(
     Raises Conflict, CheckFailed, BadInput.
     """
     began = time.monotonic()
+    if not plan.base.lone:
+        refuse_inside(out, plan.base.root)
     with staged(out, plan.recipe.digest) as folder:
         check_space(plan, folder)
         digests = execute(plan, folder, device=device, advance=advance)
@@ -76,9 +80,10 @@ def write_merge(
         verification = verify(folder, record)
         if not verification.ok:
             raise CheckFailed(f"The merge was written and does not verify, so it was removed: {verification.reason}.")
+    left_out = tuple(str(path) for path in plan.base.left_out())
     weakest = min(plan.matches, default=Match.WEIGHTS)
     touched = tuple(sorted(tensor.info.name for tensor in plan.changed))
-    return MergeResult(out, record, weakest, touched, verification, time.monotonic() - began, _peak_rss())
+    return MergeResult(out, record, weakest, touched, verification, time.monotonic() - began, _peak_rss(), left_out)
 
 
 def _peak_rss() -> int:

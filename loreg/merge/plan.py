@@ -10,9 +10,12 @@ import enum
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from loreg.adapters import models
 from loreg.checkpoint import Checkpoint, StoredTensor
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, Unsupported, UsageError
@@ -21,11 +24,8 @@ from loreg.format.fingerprint import Match, match_base
 from loreg.format.recipe import DTYPES, Recipe
 from loreg.format.safetensors import Header, TensorInfo, canonical_header
 from loreg.merge.copies import recognise_copy
-from loreg.merge.inputs import AdapterInput, TensorEdit, edits_of, full_of, module_of
+from loreg.merge.inputs import AdapterInput, TensorEdit, edits_of, module_of
 
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared"})
-_HEADS = ("lm_head.weight", "lm_head.decoder.weight", "embed_out.weight", "predictions.decoder.weight")
-_HEAD_CLASSES = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 _HEADROOM = 16 << 20
 
 
@@ -116,8 +116,11 @@ def plan_merge(
     # In the recipe's order, so that nothing downstream can depend on the order in which the terms were given.
     kept = sorted((a for a in adapters if a.weight != 0), key=lambda a: (a.digest, a.weight))
     edits = edits_of(kept)
+    config: dict[str, Any] = {}
+    with suppress(BadInput):  # a broken config.json tells nothing, and so counts as unknown
+        config = base.config()
     for name, edit in edits.items():
-        _check_edit(name, edit, base)
+        _check_edit(name, edit, base, config)
     shards, index = _lay_out(base, edits, dtype)
     return MergePlan(base, base_manifest, recipe, tuple(kept), matches, shards, index)
 
@@ -165,7 +168,7 @@ def _explain(adapter: AdapterInput, base: BaseManifest, differing: Sequence[str]
     return "Merge into the base that the adapter names, or override with --allow-base-mismatch."
 
 
-def _check_edit(name: str, edit: TensorEdit, base: Checkpoint) -> None:
+def _check_edit(name: str, edit: TensorEdit, base: Checkpoint, config: Mapping[str, Any]) -> None:
     stored = base.tensors.get(name)
     if stored is None:
         if module := module_of(edit):
@@ -174,6 +177,7 @@ def _check_edit(name: str, edit: TensorEdit, base: Checkpoint) -> None:
             )
         if len(edit.full) > 1 or edit.replaces() is None:
             raise Unsupported(f"{name!r} is new to the base: only one adapter, at weight 1, can add it.")
+        _check_shared(name, edit, edit.full[0].manifest.full[name].value.shape, config)
         return
     shape = stored.info.shape
     for adapter, path in edit.low_rank:
@@ -183,25 +187,24 @@ def _check_edit(name: str, edit: TensorEdit, base: Checkpoint) -> None:
     for adapter, path in edit.bias:
         if (adapter.manifest.modules[path].out_features,) != shape:
             raise BadInput(f"{adapter.label} has a bias for {name!r} that does not fit its shape {list(shape)}.")
-    if (full := full_of(edit, name)) and full[1].value.shape != shape:
-        raise Unsupported(
-            f"{full[0].label} replaces {name!r} of shape {list(shape)} by one of {list(full[1].value.shape)}: "
-            "resized tensors are not handled yet."
-        )
+    for adapter in edit.full:
+        if (found := adapter.manifest.full[name].value.shape) != shape:
+            raise Unsupported(
+                f"{adapter.label} replaces {name!r} of shape {list(shape)} by one of {list(found)}: resized tensors "
+                "are not handled yet."
+            )
+    _check_shared(name, edit, shape, config)
     if stored.info.dtype not in DTYPES and edit.replaces() is None:
         raise Unsupported(f"{name!r} is stored as {stored.info.dtype}: merging handles {', '.join(DTYPES)}.")
-    if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS and _tied(base):
+
+
+def _check_shared(name: str, edit: TensorEdit, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:
+    embedding = any(adapter.manifest.modules[path].kind == "embedding" for adapter, path in edit.low_rank)
+    if models.shares(config, name, shape, embedding):
         raise Unsupported(
-            f"{name!r} is also the output head of this model (tie_word_embeddings), which the edit would change "
-            "too: tied embeddings are not handled yet."
+            f"{name!r} has a row for each word, and this model may use it twice, as embedding and as head "
+            "(tie_word_embeddings): tied embeddings are not handled yet."
         )
-
-
-def _tied(base: Checkpoint) -> bool:
-    config = base.config()
-    if not config.get("tie_word_embeddings", True) or any(name.endswith(_HEADS) for name in base.tensors):
-        return False
-    return any(name.endswith(_HEAD_CLASSES) for name in config.get("architectures") or ())
 
 
 def _lay_out(

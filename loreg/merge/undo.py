@@ -18,7 +18,7 @@ from loreg.format.recipe import MergeRecord
 from loreg.merge.execute import copy_range
 from loreg.merge.output import RECORD
 from loreg.merge.verify import check_files
-from loreg.staging import staged, sync_tree
+from loreg.staging import refuse_inside, staged, sync_tree
 
 
 def unmerge_from_base(
@@ -35,6 +35,8 @@ def unmerge_from_base(
             f"{merged.root} is not what its loreg.json says: {check.detail}. It was changed after the merge, and "
             "unmerging would lose that."
         )
+    for source in (merged.root, base.root):
+        refuse_inside(out, source)
     with staged(out, manifest.identity.weights_root) as folder:
         for shard in base.shards:
             descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import astuple, dataclass, replace
@@ -111,14 +112,22 @@ class Bases:
             return self._look(spec, None, None, advance)
         except (NotFound, RemoteError) as error:
             # Mistyped, most likely: say what there is, besides what became of looking it up.
-            known = ", ".join(row.name for row in self.all()) or "none"
-            raise type(error)(f"{error} Registered bases: {known}.") from error
+            known = [row.name for row in self.all()]
+            if near := difflib.get_close_matches(str(spec), known):
+                raise NotFound(
+                    f"No base is called {str(spec)!r}: did you mean {' or '.join(near)}? {error}"
+                ) from error
+            raise type(error)(f"{error} Registered bases: {', '.join(known) or 'none'}.") from error
 
-    def of_root(self, weights_root: Digest) -> Base | None:
-        """The registered base with these weights; one whose files are there, if there are several."""
+    def of_root(self, weights_root: Digest, name: str | None = None) -> Base | None:
+        """The registered base with these weights.
+
+        Of several, one whose files are there; then the one called ``name``; then the one that was first. Their
+        tensors are the same, the files beside them need not be.
+        """
         with self._database.read() as session:
             rows = [row for row in queries.list_bases(session) if row.weights_root == weights_root]
-        rows.sort(key=lambda row: row.path is None or not Path(row.path).exists())
+        rows.sort(key=lambda row: (row.path is None or not Path(row.path).exists(), row.name != name, row.id))
         return self._load(rows[0]) if rows else None
 
     def all(self) -> list[BaseRow]:

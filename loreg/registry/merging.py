@@ -159,7 +159,8 @@ def _recorded(
     registry: Registry, root: Digest, references: Sequence[BaseReference], out: Path, stage: Progress
 ) -> Iterator[_Found]:
     """The base with these weights: as registered, else made anew from the recipe that ``references`` give of it."""
-    known = registry.bases.of_root(root)
+    called = next((ref.name for ref in references if ref.identity.weights_root == root), None)
+    known = registry.bases.of_root(root, called)
     if known is not None and known.path is not None and known.path.exists():
         yield _open_checked(known, registry.bases.cache, stage)
         return

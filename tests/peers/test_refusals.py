@@ -325,3 +325,63 @@ def test_an_ambiguous_name_is_refused(registry: Registry, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "one")
     adapter = save_adapter("llama", tmp_path / "one", tmp_path / "adapter", "fp32", **_LORA)
     _refused(registry, tmp_path / "base", adapter, BadInput, "prefix", "a.model.layers", "b.model.layers")
+
+
+SHARED = {
+    "mamba-embeddings": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"hidden_size": 16, "num_hidden_layers": 1},
+        "embeddings",
+    ),
+    "neox-tied": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        "embed_in",
+    ),
+    "marian-shared": (
+        "MarianConfig",
+        "MarianMTModel",
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1},
+        "shared",
+    ),
+    "t5-encoder-shared": (
+        "T5Config",
+        "T5EncoderModel",
+        {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2},
+        "shared",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_embeddings_that_a_model_uses_twice(name: str, registry: Registry, tmp_path: Path) -> None:
+    """Whatever the embedding is called and whatever the class: where it may be shared, it is not merged into."""
+    config_class, model_class, sizes, target = SHARED[name]
+    config = getattr(transformers, config_class)(vocab_size=64, **sizes)
+    if name == "neox-tied":
+        config.tie_word_embeddings = True
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, model_class).from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    registry.push(tmp_path / "adapter", base=tmp_path / "base", name="words")
+    with pytest.raises(Unsupported, match="tied"):
+        registry.merge("words", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_square_layers_whose_orientation_nobody_tells(registry: Registry, tmp_path: Path) -> None:
+    """A lone weight file says nothing of its model, and PEFT's fan_in_fan_out only of the last layer it saw."""
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, tie_word_embeddings=False)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    lone = (tmp_path / "base" / "model.safetensors").rename(tmp_path / "lone.safetensors")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["attn.c_proj", "lm_head"]))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written | {"fan_in_fan_out": False}))
+    with pytest.raises(Unsupported, match="orientation"):
+        registry.push(tmp_path / "adapter", base=lone, name="square")
