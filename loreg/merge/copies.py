@@ -15,8 +15,6 @@ from loreg.format.safetensors import TensorInfo
 from loreg.merge.inputs import mapped
 from loreg.tensors import TORCH, to_memory
 
-_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
 
 def recognise_copy(
     base: Checkpoint, original: Checkpoint | None, touched: Mapping[str, Digest], differing: Sequence[str]
@@ -37,12 +35,12 @@ def recognise_copy(
         return None
     for dtype in DTYPES:
         if dtype not in here and all(_converted(tensor, dtype) == touched[name] for name, tensor in pairs):
-            return _NAMES[here.pop()]
+            return DTYPES[here.pop()]
     if original is not None and all(
         name in original.tensors and _converted(original.tensors[name], tensor.info.dtype) == _leaf(tensor)
         for name, tensor in pairs
     ):
-        return _NAMES[here.pop()]
+        return DTYPES[here.pop()]
     return None
 
 

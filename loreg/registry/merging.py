@@ -16,7 +16,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
 from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.manifest import AdapterManifest
-from loreg.format.recipe import MergeRecord, Recipe
+from loreg.format.recipe import DTYPES, MergeRecord, Recipe
 from loreg.format.reference import parse_expression
 from loreg.merge.inputs import AdapterInput
 from loreg.merge.output import RECORD, MergeResult, write_merge
@@ -31,16 +31,8 @@ from loreg.staging import scratch
 if TYPE_CHECKING:
     from loreg.registry.bases import LeafCache
 
-_DTYPES = {
-    "bfloat16": "BF16",
-    "bf16": "BF16",
-    "float16": "F16",
-    "fp16": "F16",
-    "f16": "F16",
-    "float32": "F32",
-    "fp32": "F32",
-    "f32": "F32",
-}
+_SHORT = {"bf16": "BF16", "fp16": "F16", "f16": "F16", "fp32": "F32", "f32": "F32"}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | _SHORT
 
 Progress = Callable[[str, int], Advance]
 
