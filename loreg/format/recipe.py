@@ -24,8 +24,10 @@ their content [R3]."""
 
 METHODS = {"linear": (EXACT, "loreg-f64-1"), "svd": (LAPACK,)}
 """Method → the arithmetics that it can have."""
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Storage dtypes that a merge computes [R4], by the container's name, with the name that people write."""
+
+DTYPES = tuple(DTYPE_NAMES)
 
 
 @dataclass(frozen=True, order=True, slots=True)

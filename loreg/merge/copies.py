@@ -10,7 +10,7 @@ from loreg.algebra.edits import WeightedSum
 from loreg.checkpoint import Checkpoint, StoredTensor, describe
 from loreg.digest import Digest
 from loreg.errors import BadInput
-from loreg.format.recipe import DTYPES
+from loreg.format.recipe import DTYPE_NAMES, DTYPES
 from loreg.format.safetensors import TensorInfo
 from loreg.merge.inputs import mapped
 from loreg.tensors import TORCH, to_memory
@@ -35,12 +35,12 @@ def recognise_copy(
         return None
     for dtype in DTYPES:
         if dtype not in here and all(_converted(tensor, dtype) == touched[name] for name, tensor in pairs):
-            return DTYPES[here.pop()]
+            return DTYPE_NAMES[here.pop()]
     if original is not None and all(
         name in original.tensors and _converted(original.tensors[name], tensor.info.dtype) == _leaf(tensor)
         for name, tensor in pairs
     ):
-        return DTYPES[here.pop()]
+        return DTYPE_NAMES[here.pop()]
     return None
 
 

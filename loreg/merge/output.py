@@ -16,7 +16,7 @@ from loreg.checkpoint import Advance
 from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, Match, identify
-from loreg.format.recipe import DTYPES, MergeRecord
+from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.execute import execute
 from loreg.merge.plan import MergePlan, check_space
 from loreg.merge.verify import Verification
@@ -121,7 +121,7 @@ def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> Non
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.root / relative, target)
     if plan.recipe.dtype and (folder / "config.json").is_file():
-        _restate_dtype(folder / "config.json", DTYPES[plan.recipe.dtype])
+        _restate_dtype(folder / "config.json", DTYPE_NAMES[plan.recipe.dtype])
     if plan.index is not None:
         name, raw = plan.index
         (folder / name).write_bytes(raw)

@@ -16,7 +16,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
 from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.manifest import AdapterManifest
-from loreg.format.recipe import DTYPES, MergeRecord, Recipe
+from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
 from loreg.format.reference import parse_expression
 from loreg.merge.inputs import AdapterInput
 from loreg.merge.output import RECORD, MergeResult, write_merge
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from loreg.registry.bases import LeafCache
 
 _SHORT = {"bf16": "BF16", "fp16": "F16", "f16": "F16", "fp32": "F32", "f32": "F32"}
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | _SHORT
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | _SHORT
 
 Progress = Callable[[str, int], Advance]
 
