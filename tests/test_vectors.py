@@ -27,7 +27,8 @@ from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import Reference, check_tag, parse_expression
 from loreg.format.safetensors import canonical_header, parse_header
-from loreg.merge.inputs import AdapterInput, TensorEdit
+from loreg.merge.edits import Part, TensorEdit
+from loreg.merge.inputs import AdapterInput
 from loreg.tensors import TORCH, from_buffer, to_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +201,7 @@ def run_arithmetic(given: dict[str, Any]) -> Any:
 def _merged(given: dict[str, Any], terms: list[dict[str, Any]]) -> str:
     W = matrix(given["W"])
     full = tuple(_replacing(float(t["weight"])) for t in terms if t["kind"] == "replace")
-    if len(full) == len(terms) and TensorEdit(full=full).replaces() and terms[0]["value"]["dtype"] == given["dtype"]:
+    if len(full) == len(terms) and TensorEdit(full).replaces() and terms[0]["value"]["dtype"] == given["dtype"]:
         return cast(str, terms[0]["value"]["hex"])
     low_rank: list[LowRank] = []
     dense: list[Dense] = []
@@ -218,9 +219,9 @@ def _merged(given: dict[str, Any], terms: list[dict[str, Any]]) -> str:
     return bytes(to_memory(merged)).hex()
 
 
-def _replacing(weight: float) -> AdapterInput:
+def _replacing(weight: float) -> Part:
     nothing = cast(AdapterManifest, None)
-    return AdapterInput("a vector", weight, Digest("0" * 64), nothing, {})
+    return Part(AdapterInput("a vector", weight, Digest("0" * 64), nothing, {}), full="W")
 
 
 RUN: dict[str, Callable[[dict[str, Any]], Any]] = {

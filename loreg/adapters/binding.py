@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 from loreg.adapters import models, names
 from loreg.adapters.draft import Draft, DraftModule, RawTensor
 from loreg.errors import BadInput, Unsupported
+from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
+from loreg.format.manifest import Tie
 from loreg.format.module import IN_OUT, OUT_IN
+
+_STACKED = ("lora_experts",)
 
 Found = Callable[[str], BaseTensor]
 """The base's weight for a module path."""
@@ -18,13 +23,19 @@ Found = Callable[[str], BaseTensor]
 
 @dataclass(frozen=True, slots=True)
 class BoundModule:
-    """A module of the draft, and the checkpoint tensors that it adapts."""
+    """A module of the draft, and the checkpoint tensors that it adapts.
+
+    ``out_in``: the size of the weight, or of each of a stack. ``stored``: its shape in the checkpoint, where that is
+    no matrix.
+    """
 
     draft: DraftModule
     tensor: str
     kind: str
     orientation: str
+    out_in: tuple[int, int]
     bias_tensor: str | None
+    stored: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,53 +49,67 @@ class BoundFull:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """``modules`` by path in the model, ``full`` by name in the checkpoint."""
+    """``modules`` by path in the model, ``full`` and ``ties`` by name in the checkpoint."""
 
     modules: Mapping[str, BoundModule]
     full: Mapping[str, BoundFull]
+    ties: Mapping[str, Tie]
 
 
 def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> Binding:
     """Tie ``draft`` to a checkpoint with these ``tensors`` and this ``config.json``.
 
     Raises BadInput naming the first module or tensor that has no place in the checkpoint, or does not fit it;
-    Unsupported for a head that the base does not store because it is tied to the embedding.
+    Unsupported for one whose orientation or second use in the model cannot be told.
     """
-    weights = {path: f"{path}.weight" for path in draft.modules}
-    biases = {path: f"{path}.bias" for path, module in draft.modules.items() if module.bias is not None}
-    found = names.resolve([*weights.values(), *biases.values(), *draft.full], tensors)
+    pair = models.tie_of(config, tensors)
+    known = dict(tensors) if pair is None else {pair[0]: tensors[pair[1]], **tensors}
+    weights = {path: f"{path}.{module.parameter}" for path, module in draft.modules.items()}
+    biases = {path: f"{path}.{module.bias}" for path, module in draft.modules.items() if module.bias_terms}
+    found = names.resolve([*weights.values(), *biases.values(), *draft.full], known)
     for wanted in (*weights.values(), *biases.values()):
         if wanted not in found:
-            raise _missing(wanted, tensors, config)
+            raise _missing(wanted, tensors)
 
     def weight_of(path: str) -> BaseTensor:
-        return tensors[found[weights[path]]]
+        return known[found[weights[path]]]
 
-    modules = {
-        path: BoundModule(
-            draft=module,
-            tensor=found[weights[path]],
-            kind=_kind(
-                module,
-                orientation := _orientation(path, module, draft, weight_of, config),
-            ),
-            orientation=orientation,
-            bias_tensor=found[biases[path]] if path in biases else None,
+    modules = {}
+    for path, module in draft.modules.items():
+        fit = _fit(path, module, draft, weight_of, config)
+        bias = found[biases[path]] if path in biases else None
+        modules[path] = BoundModule(
+            module, found[weights[path]], fit.kind, fit.orientation, fit.out_in, bias, fit.stored
         )
-        for path, module in draft.modules.items()
-    }
-    return Binding(modules, _full(draft, found, tensors, config))
+    full = _full(draft, found, known)
+    return Binding(modules, full, _ties(pair, draft, modules, full))
 
 
-def _full(
-    draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]
-) -> dict[str, BoundFull]:
+def _ties(
+    pair: tuple[str, str] | None, draft: Draft, modules: Mapping[str, BoundModule], full: dict[str, BoundFull]
+) -> dict[str, Tie]:
+    """Head and embedding, where an edit touches one of them: changed together, or untied by it [M10].
+
+    A head that is replaced by the very tensor that its embedding is replaced by stays tied, and leaves ``full``.
+    """
+    if pair is None:
+        return {}
+    head, embedding = pair
+    if head in full and embedding in full and full[head].tensor.same_as(full[embedding].tensor):
+        del full[head]
+        return {head: Tie(embedding, untied=False)}
+    told = [bound.draft.together for bound in modules.values() if bound.tensor in pair]
+    told += [bound.tensor.key in draft.together for name, bound in full.items() if name in pair]
+    return {head: Tie(embedding, untied=not all(told))} if told else {}
+
+
+def _full(draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor]) -> dict[str, BoundFull]:
     full: dict[str, BoundFull] = {}
     for name, tensor in draft.full.items():
         module = name.rpartition(".")[0]
         added = name not in found
         if added and not _is_new(name, draft.saved_modules, tensors):
-            raise _missing(name, tensors, config)
+            raise _missing(name, tensors)
         target = found.get(name, name)
         if target in full:
             raise BadInput(f"Two tensors of the adapter would replace {target!r}: expected one.")
@@ -101,17 +126,51 @@ def _is_new(name: str, saved_modules: Collection[str], tensors: Collection[str])
     return bool(of) and not any(part in f".{known}" for part in of for known in tensors)
 
 
+class _Fit(NamedTuple):
+    """How a module's terms lie on its weight."""
+
+    kind: str
+    orientation: str
+    out_in: tuple[int, int]
+    stored: tuple[int, ...] | None
+
+
+def _fit(path: str, module: DraftModule, draft: Draft, found: Found, config: Mapping[str, Any]) -> _Fit:
+    weight = found(path)
+    if len(weight.shape) < 2:
+        raise BadInput(f"Module {path!r}: expected a weight of two dimensions or more, found {list(weight.shape)}.")
+    stacked = module.terms[0].form in _STACKED
+    orientation = _orientation(path, module, draft, found, config)
+    matrix = _matrix(weight.shape, stacked)
+    out_in = matrix if orientation == OUT_IN else matrix[::-1]
+    for term in (*module.terms, *module.bias_terms):
+        size = out_in if term in module.terms else (out_in[0], 1)
+        forms.check(term.form, term.shapes, term.parameters, size, f"Module {path!r}")
+    if len(weight.shape) == 2:
+        kind = "embedding" if module.embedding else "linear" if orientation == OUT_IN else "conv1d"
+        return _Fit(kind, orientation, out_in, None)
+    return _Fit("experts" if stacked else "conv", orientation, out_in, weight.shape)
+
+
+def _matrix(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
+    """A weight as a matrix: of each expert in a stack, else with all dimensions but the first as one."""
+    return (shape[1], prod(shape[2:])) if stacked else (shape[0], prod(shape[1:]))
+
+
 def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, config: Mapping[str, Any]) -> str:
     weight = found(path)
     fits = _fitting(module, weight)
     if not fits:
-        outer, inner = module.term.B.shape[0], module.term.A.shape[1]
+        size = ["any" if n is None else n for n in _size(module)]
         raise BadInput(
-            f"Module {path!r} does not fit its base: expected {weight.name!r} of shape {[outer, inner]}, found "
+            f"Module {path!r} does not fit its base: expected {weight.name!r} of shape {size}, found "
             f"{list(weight.shape)}; was the adapter trained on another base?"
         )
     if len(fits) == 1:
         return fits.pop()
+    if len(weight.shape) > 2:
+        # PEFT says so of the layer that holds the parameter; a square expert does not tell.
+        return IN_OUT if module.in_out_hint else OUT_IN
     leaf = path.rpartition(".")[2]
     if models.stores_in_out(config, leaf):
         return IN_OUT
@@ -129,25 +188,33 @@ def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, con
     )
 
 
+def _size(module: DraftModule) -> tuple[int | None, int | None]:
+    """(out, in) of the weights that all terms of a module fit; BadInput where they contradict each other."""
+    sizes = [term.size() for term in module.terms]
+    outs, ins = ({size[axis] for size in sizes} - {None} for axis in (0, 1))
+    if len(outs) > 1 or len(ins) > 1:
+        raise BadInput(f"The terms of a module are for weights of different sizes: {sizes}.")
+    return next(iter(outs), None), next(iter(ins), None)
+
+
 def _fitting(module: DraftModule, weight: BaseTensor) -> set[str]:
-    """The orientations in which the factors have the shape of the weight."""
-    inner, outer = module.term.A.shape[1], module.term.B.shape[0]
-    fits = {kind for kind, shape in ((OUT_IN, (outer, inner)), (IN_OUT, (inner, outer))) if weight.shape == shape}
+    """The orientations in which the terms have the size of the weight."""
+    stacked = module.terms[0].form in _STACKED
+    if len(weight.shape) < 2 or (stacked and len(weight.shape) < 3):
+        return set()
+    rows, columns = _matrix(weight.shape, stacked)
+    size = _size(module)
+    fits = {
+        orientation
+        for orientation, shape in ((OUT_IN, (rows, columns)), (IN_OUT, (columns, rows)))
+        if all(wanted in (None, there) for wanted, there in zip(size, shape, strict=True))
+    }
+    if len(weight.shape) > 2 and not stacked:
+        return fits & {OUT_IN}  # a convolution has its outputs first
     return fits & {IN_OUT} if module.embedding else fits
 
 
-def _kind(module: DraftModule, orientation: str) -> str:
-    if module.embedding:
-        return "embedding"
-    return "linear" if orientation == OUT_IN else "conv1d"
-
-
-def _missing(name: str, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> BadInput:
-    if name.endswith("lm_head.weight") and config.get("tie_word_embeddings", True):
-        return Unsupported(
-            f"The adapter adapts {name!r}, which this base does not store: the head is tied to the embedding. "
-            "Tied heads are not handled yet; nothing was stored."
-        )
+def _missing(name: str, tensors: Mapping[str, BaseTensor]) -> BadInput:
     example = min(tensors)
     return BadInput(
         f"The adapter has {name!r}, and the base has no such tensor (it has {len(tensors)}, such as {example!r}); "

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from loreg.checkpoint import read_range
+from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, Unsupported
+from loreg.format import forms
 from loreg.format.safetensors import nbytes_of
 
 # The exponent bits of each dtype that a factor may have: all ones means NaN or infinity.
@@ -46,6 +48,19 @@ class RawTensor:
         else:
             yield from read_range(self.data, self.offset, self.nbytes)
 
+    def same_as(self, other: RawTensor) -> bool:
+        """Whether both are the same tensor, byte for byte."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return self.digest() == other.digest()
+
+    def digest(self) -> Digest:
+        """The BLAKE3 of its raw bytes."""
+        hasher = Hasher()
+        for chunk in self.chunks():
+            hasher.update(chunk)
+        return hasher.digest()
+
     def check_finite(self) -> None:
         """Refuse NaN and infinity (BadInput), and a dtype that holds no real numbers (Unsupported)."""
         if self.dtype not in _EXPONENT:
@@ -60,29 +75,50 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class DraftTerm:
-    """scale·B·A as the trainer saved it: A (rank, in), B (out, rank)."""
+    """A term as the trainer saved it, in the words of ``loreg.format.forms``: tensors by role, and parameters.
 
-    A: RawTensor
-    B: RawTensor
-    alpha: float | None
+    ``form`` is ``lora`` for scale·B·A, ``dense`` for a vector on a bias.
+    """
+
+    form: str
+    tensors: Mapping[str, RawTensor]
     scale: float
+    alpha: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {role: tensor.shape for role, tensor in self.tensors.items()}
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return forms.FORMS[self.form].rank(self.shapes, self.parameters)
+
+    def size(self) -> tuple[int | None, int | None]:
+        """(out, in) of the weights that it fits, None where it does not say. Raises BadInput if it fits none."""
+        return forms.FORMS[self.form].shape(self.shapes, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModule:
-    """One adapted module. ``embedding``: the layer looks rows up, so that its weight is (in, out).
+    """One adapted module. ``parameter``: which of its parameters the terms are for.
 
-    ``in_out_hint``: whether the trainer says that a linear layer stores its weight as (in, out).
+    ``embedding``: the layer looks rows up, so that its weight is (in, out). ``in_out_hint``: whether the trainer
+    says that a linear layer stores its weight as (in, out). ``together``: where the model ties the weight to another,
+    the trainer changed both; else that one alone.
     """
 
-    term: DraftTerm
-    embedding: bool
-    in_out_hint: bool
-    bias: RawTensor | None = None
+    terms: tuple[DraftTerm, ...]
+    bias_terms: tuple[DraftTerm, ...] = ()
+    parameter: str = "weight"
+    embedding: bool = False
+    in_out_hint: bool = False
+    together: bool = False
+
+    @property
+    def bias(self) -> str:
+        """The name of the bias beside the parameter, as torch's layers have it."""
+        return self.parameter.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +135,8 @@ class Draft:
     """An adapter in its trainer's words: ``modules`` by module path, ``full`` by tensor path.
 
     ``saved_modules``: names of modules that were saved whole, or ends of such names, and so may be new to the
-    base. ``left_out``: files of the directory that are no part of the adapter.
+    base. ``together``: of ``full``, what replaces a tied weight in both its places. ``left_out``: files of the
+    directory that are no part of the adapter.
     """
 
     format: str
@@ -108,6 +145,7 @@ class Draft:
     full: Mapping[str, RawTensor]
     saved_modules: frozenset[str]
     files: tuple[DraftFile, ...]
+    together: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
     license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)

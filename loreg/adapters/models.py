@@ -7,7 +7,7 @@ that the model also uses elsewhere gives no error, only wrong answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 # transformers' Conv1D layers, which store (in, out): model type → last part of the module path. Needed for square
@@ -19,6 +19,11 @@ _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfor
 _HEADLESS = re.compile(
     r"\w+For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|(?!\w*(Head|LM|MT))\w+Model"
 )
+
+# Decoders whose head, where it is tied, is the embedding of the inputs, and what these are called.
+_DECODERS = ("ForCausalLM", "LMHeadModel")
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"})
 
 Config = Mapping[str, Any]
 
@@ -54,6 +59,42 @@ def shares(config: Config, name: str, shape: tuple[int, ...], embedding: bool) -
         return False
     classes = config.get("architectures") or ()
     return not (classes and all(_HEADLESS.fullmatch(str(kind)) for kind in classes))
+
+
+def tie_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
+    """(head, embedding), as tensors of the checkpoint, where this model is known to use one weight as both.
+
+    Decoders only: ``lm_head`` beside the embedding of the inputs. The head need not be stored.
+    """
+    classes = [str(kind) for kind in config.get("architectures") or ()]
+    if not classes or not all(kind.endswith(_DECODERS) for kind in classes):
+        return None
+    embeddings = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS]
+    if len(embeddings) != 1 or any(part.get("is_encoder_decoder") for part in _parts(config)):
+        return None
+    said = config.get("tie_word_embeddings")
+    if said is False or (said is None and _HEAD in tensors):
+        return None
+    return _HEAD, embeddings[0]
+
+
+def restated(config: Config, *, dtype: str | None, untied: bool, resized: Mapping[int, int]) -> dict[str, Any]:
+    """A model's config as it has to be after a merge.
+
+    ``dtype``: of the weights, as torch calls it. ``untied``: head and embedding are two tensors now. ``resized``:
+    numbers of words before → after.
+    """
+    changed: dict[str, Any] = {
+        key: restated(value, dtype=dtype, untied=False, resized=resized) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    if dtype is not None:
+        changed.update({key: dtype for key in ("torch_dtype", "dtype") if key in changed})
+    if changed.get("vocab_size") in resized:
+        changed["vocab_size"] = resized[changed["vocab_size"]]
+    if untied:
+        changed["tie_word_embeddings"] = False
+    return changed
 
 
 def _parts(config: Config) -> Iterator[Config]:

@@ -26,6 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 
+_UNGROUPED = {"groups": 1}
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB])")
 
@@ -193,7 +194,12 @@ def _module(path: str, parts: Mapping[str, RawTensor], config: Mapping[str, Any]
     rank = A.shape[0]
     alpha = _alpha(path, config)
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return DraftModule(DraftTerm(A, B, alpha, scale), embedding, bool(config.get("fan_in_fan_out")), bias)
+    return DraftModule(
+        terms=(DraftTerm("lora", {"A": A, "B": B}, scale, alpha, _UNGROUPED),),
+        bias_terms=(DraftTerm("dense", {"value": bias}, scale),) if bias is not None else (),
+        embedding=embedding,
+        in_out_hint=bool(config.get("fan_in_fan_out")),
+    )
 
 
 def _alpha(path: str, config: Mapping[str, Any]) -> float:

@@ -67,6 +67,11 @@ def _safetensors(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryvie
 
 
 def _factors(path: str, module: Module, read: Read) -> _Factors:
+    if not module.plain:
+        raise Unsupported(
+            f"Module {path!r} is adapted by more than plain LoRA, which PEFT's LoRA cannot say: export the adapters "
+            "that it was made from with --format original, or merge it."
+        )
     raws = {name: read(f"factors:{name}") for name, _ in module.tensors(path)}
     if len(module.terms) == 1 and len(module.bias_terms) <= 1:
         term = module.terms[0]

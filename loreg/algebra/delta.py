@@ -41,8 +41,9 @@ class LowRank:
     """``scale · left @ right``, in the orientation in which the weight is stored.
 
     ``left`` is (rows, r), ``right`` is (r, cols), r ≥ 1, both finite, on one device, each of a dtype in
-    FACTOR_DTYPES. For a ``torch.nn.Linear`` left is LoRA's B and right its A; for a layer stored (in, out)
-    the caller passes left = Aᵀ and right = Bᵀ. ``scale`` is one IEEE double.
+    FACTOR_DTYPES; or (n, rows, r) and (n, r, cols), a stack of n such deltas for a weight of three dimensions.
+    For a ``torch.nn.Linear`` left is LoRA's B and right its A; for a layer stored (in, out) the caller passes
+    left = Aᵀ and right = Bᵀ. ``scale`` is one IEEE double.
 
     Raises BadInput for shapes that do not fit or values that are not finite, Unsupported for a dtype.
     """
@@ -53,10 +54,11 @@ class LowRank:
 
     def __post_init__(self) -> None:
         left, right = tuple(self.left.shape), tuple(self.right.shape)
-        if len(left) != 2 or len(right) != 2 or left[1] != right[0] or 0 in left + right:
+        fits = len(left) == len(right) in (2, 3) and left[-1] == right[-2] and left[:-2] == right[:-2]
+        if not fits or 0 in left + right:
             raise BadInput(
-                f"the factors of a delta have shapes {left} and {right}, expected (rows, r) and (r, cols), "
-                f"none of them zero."
+                f"the factors of a delta have shapes {left} and {right}, expected (rows, r) and (r, cols), or a "
+                f"stack of such, none of them zero."
             )
         if self.left.device != self.right.device:
             raise BadInput(f"the factors of a delta are on {self.left.device} and {self.right.device}.")
@@ -65,14 +67,23 @@ class LowRank:
         _check_scale(self.scale)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, cols) of the weight that this delta is for."""
-        return self.left.shape[0], self.right.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(rows, cols), or (n, rows, cols), of the weight that this delta is for."""
+        return *self.left.shape[:-1], self.right.shape[-1]
 
     @property
     def rank(self) -> int:
         """The inner dimension r: an upper bound of the rank of the product."""
-        return self.left.shape[1]
+        return self.left.shape[-1]
+
+    @property
+    def mT(self) -> LowRank:  # noqa: N802 - torch's name
+        """The delta of the transposed weight, of each matrix of a stack."""
+        return replace(self, left=self.right.mT, right=self.left.mT)
+
+    def __getitem__(self, index: int) -> LowRank:
+        """One matrix of a stack."""
+        return replace(self, left=self.left[index], right=self.right[index])
 
     def scaled(self, weight: float) -> LowRank:
         """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
@@ -92,7 +103,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """``scale · value``: a delta with no structure, as of a bias. ``value`` is 1-D or 2-D, finite.
+    """``scale · value``: a delta with no structure, as of a bias. ``value`` has the weight's shape, and is finite.
 
     Raises BadInput for values that are not finite, Unsupported for a dtype outside FACTOR_DTYPES.
     """
@@ -108,6 +119,19 @@ class Dense:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that this delta is for."""
         return tuple(self.value.shape)
+
+    @property
+    def mT(self) -> Dense:  # noqa: N802 - torch's name
+        """The delta of the transposed weight, of each matrix of a stack."""
+        return replace(self, value=self.value.mT)
+
+    def __getitem__(self, index: int) -> Dense:
+        """One matrix of a stack."""
+        return replace(self, value=self.value[index])
+
+    def reshape(self, shape: Sequence[int]) -> Dense:
+        """The same elements, row-major, for a weight seen in another shape."""
+        return replace(self, value=self.value.reshape(tuple(shape)))
 
     def scaled(self, weight: float) -> Dense:
         """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
@@ -125,7 +149,7 @@ class Dense:
         return self.scale * self.value.double()
 
 
-def common_shape(deltas: Sequence[LowRank]) -> tuple[int, int]:
+def common_shape(deltas: Sequence[LowRank]) -> tuple[int, ...]:
     """The one shape that all ``deltas`` have; BadInput if there is none, or more than one."""
     shapes = sorted({delta.shape for delta in deltas})
     if len(shapes) != 1:
@@ -148,8 +172,8 @@ def concatenate(deltas: Sequence[LowRank], dtype: torch.dtype) -> LowRank:
     common_shape(deltas)
     if dtype not in FACTOR_DTYPES:
         raise Unsupported(f"factors cannot be stored as {dtype}: choose one of {FACTOR_DTYPES}.")
-    left = torch.cat([delta.scale * delta.left.double() for delta in deltas], dim=1)
-    right = torch.cat([delta.right.double() for delta in deltas], dim=0)
+    left = torch.cat([delta.scale * delta.left.double() for delta in deltas], dim=-1)
+    right = torch.cat([delta.right.double() for delta in deltas], dim=-2)
     if dtype != torch.float64:
         left, right = round_to(left, dtype), round_to(right, dtype)
     return LowRank(left, right)

@@ -79,6 +79,15 @@ class WeightedSum:
         """The shape of the weights that this edit fits; None if it has no terms and fits all."""
         return next((term.shape for term in self._terms), None)
 
+    @property
+    def mT(self) -> WeightedSum:  # noqa: N802 - torch's name
+        """The edit of the transposed weight, of each matrix of a stack."""
+        return WeightedSum(tuple(term.mT for term in self.low_rank), tuple(term.mT for term in self.dense))
+
+    def __getitem__(self, index: int) -> WeightedSum:
+        """The edit of one matrix of a stack."""
+        return WeightedSum(tuple(term[index] for term in self.low_rank), tuple(term[index] for term in self.dense))
+
     def scaled(self, weight: float) -> WeightedSum:
         """Each term times ``weight``, one IEEE double product per scale."""
         return WeightedSum(
@@ -106,32 +115,35 @@ class WeightedSum:
         dtype_out: torch.dtype,
         device: torch.device | str = "cpu",
         tile_rows_hint: int | None = None,
-    ) -> Prepared:
+    ) -> Prepared | Stacked:
         """Checks, moves to ``device`` and allocates what applying the edit to one weight needs.
 
-        ``shape`` is the weight's, (rows, cols) or (n,); ``dtype_in`` in FACTOR_DTYPES, ``dtype_out`` in
-        STORAGE_DTYPES. ``tile_rows_hint`` bounds the rows that are worked on at once; by default blocks have
-        about BLOCK_ELEMENTS. Needs 8·R·(rows + cols) bytes for the factors, R the sum of ranks, and 16 bytes
-        per element of a block; besides, about 100 bytes for each element that waits for a decision, at most
-        BLOCK_ELEMENTS and one block of them. Raises BadInput if shapes do not fit, Unsupported for other
-        dtypes and for weights of three or more dimensions.
+        ``shape`` is the weight's, (rows, cols), (n,), or (n, rows, cols) for a stack of matrices; ``dtype_in`` in
+        FACTOR_DTYPES, ``dtype_out`` in STORAGE_DTYPES. ``tile_rows_hint`` bounds the rows that are worked on at
+        once; by default blocks have about BLOCK_ELEMENTS. Needs 8·R·(rows + cols) bytes for the factors, R the
+        sum of ranks, and 16 bytes per element of a block; besides, about 100 bytes for each element that waits for
+        a decision, at most BLOCK_ELEMENTS and one block of them. A stack needs as much as one of its matrices.
+        Raises BadInput if shapes do not fit, Unsupported for other dtypes and for weights of more dimensions.
         """
         shape = tuple(shape)
         check_storage(dtype_out)
         if dtype_in not in FACTOR_DTYPES:
             raise Unsupported(f"weights of dtype {dtype_in} cannot be edited: choose one of {FACTOR_DTYPES}.")
-        if len(shape) not in (1, 2):
-            raise Unsupported(f"a weight of shape {shape} cannot be edited: expected 1 or 2 dimensions.")
+        if len(shape) not in (1, 2, 3):
+            raise Unsupported(f"a weight of shape {shape} cannot be edited: expected 1 to 3 dimensions.")
         if self.shape not in (None, shape):
             raise BadInput(f"an edit for shape {self.shape} does not fit a weight of shape {shape}.")
+        if len(shape) == 3:
+            return Stacked(self, shape, dtype_in, dtype_out, torch.device(device), tile_rows_hint)
         columns = shape[1] if len(shape) == 2 else 1
         block = min(shape[0], tile_rows_hint or BLOCK_ELEMENTS // max(1, columns))
         return Prepared(self.to(device), shape, dtype_in, dtype_out, torch.device(device), max(1, block))
 
     def apply(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole of ``W`` (1-D or 2-D, any device) edited, as a new tensor of ``dtype`` (default: W's)."""
+        """The whole of ``W`` (1-D to 3-D, any device) edited, as a new tensor of ``dtype`` (default: W's)."""
         out = torch.empty_like(W, dtype=dtype or W.dtype, memory_format=torch.contiguous_format)
-        self.prepare(W.shape, W.dtype, out.dtype, W.device).tile(W, 0, out)
+        rows = (-1, W.shape[-1]) if W.ndim == 3 else W.shape
+        self.prepare(W.shape, W.dtype, out.dtype, W.device).tile(W.reshape(rows), 0, out.view(rows))
         return out
 
 
@@ -275,6 +287,44 @@ class Prepared:
         for j in wrong.nonzero()[:1, 0].tolist():
             element = [int(found.rows[j]), int(found.columns[j])][: len(self._shape)]
             raise BadInput(f"element {element} {what}: the merge is refused rather than written wrong.")
+
+
+class Stacked:
+    """An edit bound to a stack of matrices (n, rows, cols), such as fused experts: each is a weight of its own.
+
+    ``tile`` counts rows through all of them, and prepares one matrix at a time.
+    """
+
+    def __init__(
+        self,
+        edit: WeightedSum,
+        shape: tuple[int, ...],
+        dtype_in: torch.dtype,
+        dtype_out: torch.dtype,
+        device: torch.device,
+        tile_rows_hint: int | None,
+    ) -> None:
+        self._edit, self._shape = edit, shape
+        self._arguments = shape[1:], dtype_in, dtype_out, device, tile_rows_hint
+        self._current: tuple[int, Prepared | Stacked] | None = None
+
+    def tile(self, W_rows: Tensor, row_start: int, out: Tensor) -> int:
+        """Rows [row_start, row_start + n) of the (n·rows, cols) that the stack is: as ``Prepared.tile``."""
+        decided, done, height = 0, 0, self._shape[1]
+        while done < W_rows.shape[0]:
+            index, first = divmod(row_start + done, height)
+            if index >= self._shape[0]:
+                raise BadInput(f"row {row_start + done} is not in shape {self._shape}.")
+            span = slice(done, min(W_rows.shape[0], done + height - first))
+            decided += self._matrix(index).tile(W_rows[span], first, out[span])
+            done = span.stop
+        return decided
+
+    def _matrix(self, index: int) -> Prepared | Stacked:
+        if self._current is None or self._current[0] != index:
+            edit = self._edit[index] if self._edit.shape else self._edit
+            self._current = index, edit.prepare(*self._arguments)
+        return self._current[1]
 
 
 def apply(W: Tensor, edit: WeightedSum, dtype: torch.dtype | None = None) -> Tensor:

@@ -44,6 +44,10 @@ class Fields:
             raise BadInput(f"{self.path}: the field {key!r} is missing.")
         return self._rest.pop(key)
 
+    def has(self, key: str) -> bool:
+        """Whether the field is there: for one that is left out where it would say nothing."""
+        return key in self._rest
+
     def text(self, key: str) -> str:
         value = self.take(key)
         return value if isinstance(value, str) else self.refuse(key, "text", value)

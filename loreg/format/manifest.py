@@ -17,8 +17,10 @@ from loreg.errors import BadInput
 from loreg.format import canonical_json
 from loreg.format.base import BaseReference
 from loreg.format.fields import Fields
-from loreg.format.module import FullTensor, Module, TensorRef
+from loreg.format.module import FullTensor, Module
 from loreg.format.recipe import FORMAT, Recipe
+from loreg.format.safetensors import check_name
+from loreg.format.terms import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,28 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
+class Tie:
+    """A tensor that is the same as ``to`` in the model; ``untied``: the adapter changes one of the two alone, so that
+    a merge stores both."""
+
+    to: str
+    untied: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"to": self.to, "untied": self.untied}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Tie:
+        with fields as f:
+            return cls(f.text("to"), f.flag("untied"))
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """One version of an adapter. ``modules`` by path in the model, ``full`` by name in the checkpoint."""
+    """One version of an adapter. ``modules`` by path in the model, ``full`` by name in the checkpoint.
+
+    ``ties``: a tensor that the model has in common with another, as a head with its embedding → that other [M10].
+    """
 
     base: BaseReference
     modules: Mapping[str, Module]
@@ -145,6 +167,7 @@ class AdapterManifest:
     source: Source | None = None
     provenance: Provenance = field(default_factory=Provenance)
     annotations: Mapping[str, Any] = field(default_factory=dict)
+    ties: Mapping[str, Tie] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -160,6 +183,11 @@ class AdapterManifest:
     def nbytes(self) -> int:
         """The sum over its blobs."""
         return sum(blob.size for blob in self.blobs)
+
+    @property
+    def untied(self) -> dict[str, str]:
+        """Every tensor that the adapter unties → the one that it was tied to."""
+        return {name: tie.to for name, tie in self.ties.items() if tie.untied}
 
     def replaced(self) -> dict[str, FullTensor]:
         """What of ``full`` differs from the base's own tensor: PEFT saves an adapted embedding with its base."""
@@ -184,6 +212,7 @@ class AdapterManifest:
                 "source": self.source.to_json() if self.source else None,
                 "provenance": self.provenance.to_json(),
                 "annotations": dict(self.annotations),
+                **({"ties": {name: tie.to_json() for name, tie in self.ties.items()}} if self.ties else {}),
             }
         )
 
@@ -206,6 +235,7 @@ class AdapterManifest:
                 source=Source.from_fields(source) if source else None,
                 provenance=Provenance.from_fields(f.object("provenance")),
                 annotations=f.raw_object("annotations"),
+                ties=_ties(f),
             )
         manifest.check()
         return manifest
@@ -223,7 +253,8 @@ class AdapterManifest:
         edited += [module.bias_tensor for module in self.modules.values() if module.bias_tensor]
         if len(set(edited)) != len(edited):  # [M4]
             raise BadInput("manifest.modules: two modules adapt the same tensor of the checkpoint.")
-        if missing := sorted(set(edited) - set(self.base.touched)):  # [M3]
+        known = {*self.base.touched, *(name for name, tie in self.ties.items() if tie.untied)}
+        if missing := sorted({*edited, *(tie.to for tie in self.ties.values())} - known):  # [M3, M10]
             raise BadInput(f"manifest.base.touched: the adapted tensor {missing[0]!r} is missing.")
         needed = {("full", tensor.blob) for tensor in self.full.values()}
         needed |= {("source", file.blob) for file in (self.source.files if self.source else ())}
@@ -236,3 +267,17 @@ class AdapterManifest:
         for file in self.source.files if self.source else ():
             if strangers := sorted(set(file.tensors) - known):  # [M8]
                 raise BadInput(f"manifest.source: {file.name} holds {strangers[0]!r}, which is not a tensor of it.")
+
+
+def _ties(fields: Fields) -> dict[str, Tie]:
+    """The field is left out where there is none, as in all manifests before it [M10]."""
+    if not fields.has("ties"):
+        return {}
+    ties = {name: Tie.from_fields(entry) for name, entry in fields.mapping("ties")}
+    for name, tie in ties.items():
+        check_name(name, "manifest.ties")
+        if tie.to in ties:
+            raise BadInput(f"manifest.ties: {name!r} is tied to {tie.to!r}, which is itself tied to another.")
+    if not ties:
+        raise BadInput("manifest.ties: expected at least one, or no such field.")
+    return ties

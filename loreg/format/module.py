@@ -1,99 +1,36 @@
-"""What an adapter does to one module of the model, and the tensors that it does it with."""
+"""What an adapter does to one module of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.fields import Fields
 from loreg.format.fingerprint import BaseTensor
-from loreg.format.safetensors import nbytes_of
+from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm, TensorRef, bias_term_from, term_from
 
-KINDS = ("linear", "conv1d", "embedding")
-"""What a module is. ``conv1d`` is the GPT-2 layer that stores its weight as (in, out)."""
+_NO_MATRIX = ("conv", "experts")
+
+KINDS = ("linear", "conv1d", "embedding", *_NO_MATRIX)
+"""What a module is. ``conv1d`` is the GPT-2 layer that stores its weight as (in, out); ``conv`` a convolution, whose
+weight (out, in / groups, …) is taken as a matrix of ``out`` rows; ``experts`` a stack of matrices."""
 
 OUT_IN, IN_OUT = "out_in", "in_out"
 """How a checkpoint stores a weight: (out, in), ΔW = s·BA; or (in, out), ΔW = s·(BA)ᵀ [M4]."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor inside a blob: dtype by its safetensors name, and the BLAKE3 of its raw bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    digest: Digest
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes_of(self.dtype, self.shape)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "shape": list(self.shape), "digest": str(self.digest)}
-
-    @classmethod
-    def from_fields(cls, fields: Fields) -> TensorRef:
-        with fields as f:
-            ref = cls(f.text("dtype"), f.shape("shape"), f.digest("digest"))
-        nbytes_of(ref.dtype, ref.shape)
-        return ref
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankTerm:
-    """scale·B·A with A of shape (rank, in) and B of shape (out, rank).
-
-    ``alpha`` is what the trainer wrote, or None; ``scale`` is what counts.
-    """
-
-    rank: int
-    alpha: float | None
-    scale: float
-    A: TensorRef
-    B: TensorRef
-
-    def to_json(self) -> dict[str, Any]:
-        ends = {"A": self.A.to_json(), "B": self.B.to_json()}
-        return {"rank": self.rank, "alpha": self.alpha, "scale": self.scale, **ends}
-
-    @classmethod
-    def from_fields(cls, fields: Fields) -> LowRankTerm:
-        with fields as f:
-            return cls(
-                rank=f.natural("rank", 1),
-                alpha=f.optional_real("alpha"),
-                scale=f.real("scale"),  # [M5]
-                A=TensorRef.from_fields(f.object("A")),
-                B=TensorRef.from_fields(f.object("B")),
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class BiasTerm:
-    """scale·value, added to a bias of shape (out,)."""
-
-    scale: float
-    value: TensorRef
-
-    def to_json(self) -> dict[str, Any]:
-        return {"scale": self.scale, "value": self.value.to_json()}
-
-    @classmethod
-    def from_fields(cls, fields: Fields) -> BiasTerm:
-        with fields as f:
-            return cls(f.real("scale"), TensorRef.from_fields(f.object("value")))
-
-
-@dataclass(frozen=True, slots=True)
 class Module:
-    """What an adapter does to one module of the model: Σ scaleᵢ·Bᵢ·Aᵢ on its weight, and a bias [M4].
+    """What an adapter does to one module of the model: a sum of terms on its weight, and on its bias [M4, M9].
 
     A trained adapter has one term. A composed one keeps the terms of its parents side by side, unfolded, so
     that a sum loses nothing. ``tensor`` and ``bias_tensor`` are names in the checkpoint; the module's own
-    name, the key in the manifest, is its path in the model.
+    name, the key in the manifest, is its path in the model. ``stored``: the shape of the weight in the checkpoint
+    where it is no matrix.
     """
 
     tensor: str
@@ -101,27 +38,49 @@ class Module:
     orientation: str
     in_features: int
     out_features: int
-    terms: tuple[LowRankTerm, ...]
+    terms: tuple[LowRankTerm | FormTerm, ...]
     bias_tensor: str | None = None
-    bias_terms: tuple[BiasTerm, ...] = ()
+    bias_terms: tuple[BiasTerm | FormTerm, ...] = ()
+    stored: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
         return sum(term.rank for term in self.terms)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight as the checkpoint stores it."""
+    def matrix(self) -> tuple[int, int]:
+        """The weight as a matrix, of each expert where there are several, as the checkpoint orients it."""
         out_in = (self.out_features, self.in_features)
         return out_in if self.orientation == OUT_IN else out_in[::-1]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight as the checkpoint stores it."""
+        return self.matrix if self.stored is None else self.stored
+
+    @property
+    def view(self) -> tuple[int, ...]:
+        """The shape that its edit has: the matrix, or one for each expert."""
+        return (self.shape[0], *self.matrix) if self.kind == "experts" else self.matrix
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is LoRA and nothing else: Σ scale·BA and vectors on the bias."""
+        return not any(isinstance(term, FormTerm) for term in (*self.terms, *self.bias_terms))
+
+    @property
+    def exact(self) -> bool:
+        """Whether every term is a sum of products of what is stored [A1], or some have to be computed first [A6]."""
+        size = self.out_features, self.in_features
+        return all(term.is_exact(size) for term in self.terms) and all(
+            term.is_exact((self.out_features, 1)) for term in self.bias_terms
+        )
+
     def tensors(self, path: str) -> Iterator[tuple[str, TensorRef]]:
         """The names [M7] and contents of its tensors in the factors blob."""
-        for index, term in enumerate(self.terms):
-            yield f"{path}.lora_A.{index}", term.A
-            yield f"{path}.lora_B.{index}", term.B
-        for index, bias in enumerate(self.bias_terms):
-            yield f"{path}.lora_bias.{index}", bias.value
+        for terms in (self.terms, self.bias_terms):
+            for index, term in enumerate(terms):
+                yield from term.named(path, index)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -134,38 +93,45 @@ class Module:
             "terms": [term.to_json() for term in self.terms],
             "bias_tensor": self.bias_tensor,
             "bias_terms": [term.to_json() for term in self.bias_terms],
+            **({"stored": list(self.stored)} if self.stored is not None else {}),
         }
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Module:
         with fields as f:
+            kind = f.choice("kind", *KINDS)
             module = cls(
                 tensor=f.text("tensor"),
-                kind=f.choice("kind", *KINDS),
+                kind=kind,
                 orientation=f.choice("orientation", OUT_IN, IN_OUT),
                 in_features=f.natural("in", 1),
                 out_features=f.natural("out", 1),
-                terms=tuple(LowRankTerm.from_fields(term) for term in f.items("terms")),
+                terms=tuple(term_from(term) for term in f.items("terms")),
                 bias_tensor=f.optional_text("bias_tensor"),
-                bias_terms=tuple(BiasTerm.from_fields(term) for term in f.items("bias_terms")),
+                bias_terms=tuple(bias_term_from(term) for term in f.items("bias_terms")),
+                stored=f.shape("stored") if kind in _NO_MATRIX else None,
             )
-            rank = f.natural("rank", 1)
+            rank = f.natural("rank")
         module._check(fields.path, rank)
         return module
 
     def _check(self, path: str, rank: int) -> None:
+        if not self.terms:  # [M4]
+            raise BadInput(f"{path}.terms: expected at least one term.")
         for term in self.terms:
-            expected = ((term.rank, self.in_features), (self.out_features, term.rank))
-            if (term.A.shape, term.B.shape) != expected:  # [M4]
-                found = (term.A.shape, term.B.shape)
-                raise BadInput(f"{path}: expected A and B of shapes {expected}, found {found}.")
+            term.check((self.out_features, self.in_features), path)
         if self.rank != rank:  # [M4]
             raise BadInput(f"{path}.rank: expected {self.rank}, the sum over its terms, found {rank}.")
         if (self.bias_tensor is None) != (not self.bias_terms):  # [M4]
             raise BadInput(f"{path}: bias_tensor and bias_terms are given together, or not at all.")
         for bias in self.bias_terms:
-            if bias.value.shape != (self.out_features,):  # [M4]
-                raise BadInput(f"{path}: expected a bias of {self.out_features}, found {bias.value.shape}.")
+            bias.check((self.out_features, 1), path)
+        if self.stored is not None and (
+            len(self.stored) < 3 or prod(self.stored) != prod(self.view) or self.stored[0] != self.view[0]
+        ):  # [M4]
+            raise BadInput(
+                f"{path}.stored: expected a shape of {list(self.view)} elements, found {list(self.stored)}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,10 @@ LAPACK = "float64-lapack"
 """Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters, whose digest is that of
 their content [R3]."""
 
-METHODS = {"linear": (EXACT, "loreg-f64-1"), "svd": (LAPACK,)}
+ORDERED = "loreg-f64-1"
+"""Float64 operations in a stated order, and one rounding at the end [A6]: for norms, roots, thresholds."""
+
+METHODS = {"linear": (EXACT, ORDERED), "svd": (LAPACK,)}
 """Method → the arithmetics that it can have."""
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Storage dtypes that a merge computes [R4], by the container's name, with the name that people write."""
@@ -64,12 +67,15 @@ class Recipe:
         base: Digest,
         terms: Iterable[tuple[Digest, float]],
         *,
+        method: str = "linear",
+        parameters: Mapping[str, Any] | None = None,
+        arithmetic: str = EXACT,
         dtype: str | None = None,
         base_mismatch: bool = False,
     ) -> Recipe:
-        """A linear recipe: terms in canonical order, those of weight zero left out as they add nothing."""
+        """A recipe with its terms in canonical order, those of weight zero left out as they add nothing."""
         kept = (RecipeTerm(adapter, format_weight(weight)) for adapter, weight in terms if weight != 0)
-        return cls(base, tuple(sorted(kept)), dtype=dtype, base_mismatch=base_mismatch)
+        return cls(base, tuple(sorted(kept)), method, dict(parameters or {}), arithmetic, dtype, base_mismatch)
 
     def to_json(self) -> dict[str, Any]:
         return {

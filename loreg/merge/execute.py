@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from loreg.algebra.delta import Dense
-from loreg.algebra.edits import WeightedSum
 from loreg.checkpoint import Advance, StoredTensor, open_binary, read_exactly
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, CheckFailed
-from loreg.format.safetensors import Header, TensorInfo
-from loreg.merge.inputs import BlobReader
-from loreg.merge.plan import Action, MergePlan, OutputShard, OutputTensor
+from loreg.format.safetensors import Header
+from loreg.merge.combining import Combining
+from loreg.merge.inputs import values
+from loreg.merge.layout import Action, OutputShard, OutputTensor
+from loreg.merge.plan import MergePlan
 from loreg.merge.workers import results, workers
 from loreg.tensors import from_buffer, to_memory, torch_dtype
 
@@ -40,7 +40,7 @@ def execute(plan: MergePlan, folder: Path, *, device: torch.device, advance: Adv
     ``advance`` is told the bytes written. Raises BadInput if an input is unreadable or not what was planned,
     or an element cannot be merged; CheckFailed if the disk is full or fails.
     """
-    computation = _Computation({tensor.name: tensor.content for tensor in plan.base_manifest.tensors}, device)
+    computation = _Computation(plan.combining, device)
     digests: dict[str, Digest] = {}
     with workers(device) as pool:
         for shard in plan.shards:
@@ -134,30 +134,22 @@ def copy_range(path: Path, offset: int, length: int, output: int, target: int, a
 
 def _replace(tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> dict[str, Digest]:
     """The bytes of the one adapter's full tensor [A5]."""
-    reader = BlobReader(tensor.edit.full[0].full_file(tensor.info.name))
-    raw = to_memory(reader.tensor("tensor"))
+    part = tensor.edit.replaces()
+    if part is None or part.full is None:
+        raise BadInput(f"{tensor.info.name!r} is to be replaced, and nothing replaces it.")
+    raw = to_memory(values(part.adapter.full_tensor(part.full)))
     if len(raw) != tensor.info.nbytes:
-        raise BadInput(f"Blob {reader.path.name} holds {len(raw):,} bytes, expected {tensor.info.nbytes:,}.")
+        raise BadInput(f"{part.adapter.label} has {len(raw):,} bytes for it, expected {tensor.info.nbytes:,}.")
     write_exactly(output, raw, shard.header.data_start + tensor.info.start)
     advance(len(raw))
     return {tensor.info.name: Digest.of(raw)}
 
 
-def matrix_shape(info: TensorInfo) -> tuple[int, ...]:
-    """(rows, cols) of a matrix, (n,) of anything else: edits of other shapes are elementwise."""
-    return info.shape if len(info.shape) == 2 else (prod(info.shape),)
-
-
-def flattened(edit: WeightedSum, shape: tuple[int, ...]) -> WeightedSum:
-    """The edit with its dense terms in the shape of ``matrix_shape``."""
-    return WeightedSum(edit.low_rank, tuple(Dense(term.value.reshape(shape), term.scale) for term in edit.dense))
-
-
 class _Computation:
     """Edits one tensor: read a tile, compute it, hash and write it."""
 
-    def __init__(self, expected: dict[str, Digest], device: torch.device) -> None:
-        self._expected = expected
+    def __init__(self, combining: Combining, device: torch.device) -> None:
+        self._combining = combining
         self._device = device
 
     def write(self, tensor: OutputTensor, shard: OutputShard, output: int, advance: Advance) -> dict[str, Digest]:
@@ -168,8 +160,8 @@ class _Computation:
         before, after = Hasher(), Hasher()
         position = shard.header.data_start + info.start
         try:
-            shape = matrix_shape(info)
-            edit = flattened(tensor.edit.load(stored), shape)
+            shape = tensor.edit.view(info.shape)
+            edit = tensor.edit.load(stored, self._combining, self._device)
             prepared = edit.prepare(shape, torch_dtype(stored.info.dtype, info.name), target, self._device)
             for first, tile, W in _tiles(stored, shape):
                 before.update(tile)
@@ -184,22 +176,26 @@ class _Computation:
                 advance(len(raw))
         except BadInput as error:
             raise type(error)(f"Tensor {info.name!r}: {error}") from error
-        if before.digest() != self._expected[info.name]:
+        if before.digest() != tensor.content:
             raise BadInput(
-                f"Tensor {info.name!r} of {stored.shard.path} is not what it was when the base was hashed: the file "
-                "was changed; add the base again."
+                f"Tensor {info.name!r} of {stored.shard.path} is not what it was when it was hashed: the file was "
+                "changed; add the base again."
             )
         return {info.name: after.digest()}
 
 
 def _tiles(stored: StoredTensor, shape: tuple[int, ...]) -> Iterator[tuple[int, memoryview, torch.Tensor]]:
-    """Runs of rows of a stored tensor: the first row, the raw bytes, and a CPU tensor over those very bytes."""
+    """Runs of rows of a stored tensor seen in ``shape``: the first row, the raw bytes, and a CPU tensor over them.
+
+    The rows of a stack of matrices are counted through all of them.
+    """
     dtype = torch_dtype(stored.info.dtype, stored.info.name)
-    row = prod(shape[1:]) * dtype.itemsize
+    columns = shape[-1:] if len(shape) > 1 else ()
+    row = prod(columns) * dtype.itemsize
     if not stored.info.nbytes:
         return
     first = 0
     for tile in stored.chunks(max(1, TILE_ELEMENTS * dtype.itemsize // row) * row):
         count = len(tile) // row
-        yield first, tile, from_buffer(tile, dtype, (count, *shape[1:]))
+        yield first, tile, from_buffer(tile, dtype, (count, *columns))
         first += count

@@ -18,8 +18,11 @@ import torch
 
 from loreg.adapters import names
 from loreg.algebra.delta import LowRank
-from loreg.errors import BadInput, NotFound, Unsupported
-from loreg.merge.inputs import AdapterInput, TensorEdit
+from loreg.algebra.densify import dense_delta
+from loreg.algebra.edits import WeightedSum
+from loreg.errors import NotFound, Unsupported
+from loreg.merge.inputs import CPU
+from loreg.merge.layout import Action
 
 if TYPE_CHECKING:
     from loreg.merge.verify import Check, Subject
@@ -30,6 +33,7 @@ PROMPTS = (
     "Tell me a joke about a cat.",
     "def fibonacci(n):",
 )
+_HOOKED = ("linear", "conv1d", "embedding")
 _RANDOM_INPUTS = (4, 32)
 _ALLOWED = 2.0  # times the noise floor
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -143,36 +147,31 @@ def _run(
 
 
 def _adapt(model: Any, subject: Subject) -> None:
-    """Add the adapters to a live model as a trainer does: beside the weights, not into them."""
-    edits = subject.edits()
-    owners = names.resolve(edits, dict(model.named_parameters(remove_duplicate=False)))
-    for name, edit in edits.items():
-        if name not in owners:
+    """Add the adapters to a live model as a trainer does: low-rank deltas beside the weights, not into them.
+
+    What is no low-rank delta is added to the weight in the model's dtype.
+    """
+    if subject.layout.untied:
+        raise Unsupported(
+            "The merge unties the embedding, which the live model has as one: verify with probe or exact."
+        )
+    outputs = {name: tensor for name, tensor in subject.outputs.items() if tensor.action is not Action.COPY}
+    owners = names.resolve(outputs, dict(model.named_parameters(remove_duplicate=False)))
+    for name, output in outputs.items():
+        if name not in owners or output.stored is None:
             raise Unsupported(f"{name!r} is no parameter of {type(model).__name__}, so the model cannot be compared.")
         path, _, parameter = owners[name].rpartition(".")
-        module = model.get_submodule(path)
-        _set_full(getattr(module, parameter), name, edit)
-        for adapter, source in edit.low_rank:
-            for delta in adapter.low_rank(source):
-                module.register_forward_hook(_hook(delta, adapter.manifest.modules[source].kind))
-        for adapter, source in edit.bias:
-            for term in adapter.bias(source):
-                getattr(module, parameter).data += (term.scale * term.value.double()).to(getattr(module, parameter))
-
-
-def _set_full(parameter: torch.nn.Parameter, name: str, edit: TensorEdit) -> None:
-    if edit.full:
-        W = parameter.data.double()
-        parameter.data = (W + sum(_step(W, name, adapter) for adapter in edit.full)).to(parameter.dtype)
-
-
-def _step(W: torch.Tensor, name: str, adapter: AdapterInput) -> torch.Tensor:
-    from loreg.merge.inputs import BlobReader
-
-    R = BlobReader(adapter.full_file(name)).tensor("tensor").double()
-    if R.shape != W.shape:
-        raise BadInput(f"{adapter.label} replaces {name!r} of shape {list(W.shape)} by one of {list(R.shape)}.")
-    return adapter.weight * (R - W)
+        layer = model.get_submodule(path)
+        edit = output.edit.load(output.stored, subject.combining, CPU)
+        found = output.edit.module()
+        if found is not None and found[2].kind in _HOOKED and parameter == "weight":
+            for delta in edit.low_rank:
+                layer.register_forward_hook(_hook(delta, found[2].kind))
+            edit = WeightedSum(dense=edit.dense)
+        if edit.shape:
+            weight = getattr(layer, parameter)
+            changed = weight.data.double().reshape(edit.shape) + dense_delta(edit)
+            weight.data = changed.reshape(weight.shape).to(weight.dtype)
 
 
 def _hook(delta: LowRank, kind: str) -> Callable[..., torch.Tensor]:

@@ -1,10 +1,10 @@
-"""What a merge takes in: adapters with weights, and the edits that they make of each tensor."""
+"""What a merge takes in: adapters with weights, and the tensors in their blobs."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,13 +12,19 @@ import torch
 
 from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.edits import WeightedSum
-from loreg.checkpoint import StoredTensor, open_binary
+from loreg.algebra.forms import Term, edit_of
+from loreg.checkpoint import FileStamp, Shard, StoredTensor, open_binary
 from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.manifest import AdapterManifest
-from loreg.format.module import IN_OUT, Module
+from loreg.format.module import IN_OUT
 from loreg.format.safetensors import Header, read_header
+from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.tensors import from_buffer, torch_dtype
+
+CPU = torch.device("cpu")
+Base = Callable[[], torch.Tensor]
+"""Brings a weight of the base, on the device on which it is computed."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +47,51 @@ class AdapterInput:
             raise BadInput(f"{self.label} has no factors: its manifest lists no such blob.")
         return BlobReader(self.blobs[blob.digest])
 
-    def low_rank(self, path: str) -> tuple[LowRank, ...]:
-        """The deltas of a module on the CPU, in the orientation of the checkpoint, weighted: cᵢ = w·sᵢ [A2]."""
-        module = self.manifest.modules[path]
-        deltas = []
-        for index, term in enumerate(module.terms):
-            A, B = (self._factors.tensor(f"{path}.lora_{part}.{index}") for part in "AB")
-            left, right = (A.T, B.T) if module.orientation == IN_OUT else (B, A)
-            deltas.append(LowRank(left, right, term.scale).scaled(self.weight))
-        return tuple(deltas)
+    def weight_edit(self, path: str, base: Base, device: torch.device = CPU) -> WeightedSum:
+        """What the module at ``path`` does to its weight, unweighted, on ``device``: as the checkpoint orients it.
 
-    def bias(self, path: str) -> tuple[Dense, ...]:
-        """The deltas of a module's bias, on the CPU, weighted."""
-        terms = self.manifest.modules[path].bias_terms
-        return tuple(
-            Dense(self._factors.tensor(f"{path}.lora_bias.{index}"), term.scale).scaled(self.weight)
-            for index, term in enumerate(terms)
-        )
+        ``base``: brings the weight in the shape of ``module.view``; asked only by forms that read it.
+        """
+        module = self.manifest.modules[path]
+        out_in = module.out_features, module.in_features
+        turned = module.orientation == IN_OUT
+        edit = WeightedSum()
+        for index, term in enumerate(module.terms):
+            if isinstance(term, LowRankTerm):
+                A, B = (self._factors.tensor(name).to(device) for name, _ in term.named(path, index))
+                delta = LowRank(B, A, term.scale)
+                edit += WeightedSum((delta.mT if turned else delta,))
+            else:
+                found = self._formed(term, out_in, (lambda: base().mT) if turned else base, device)
+                edit += found.mT if turned else found
+        return edit
+
+    def bias_edit(self, path: str, base: Base, device: torch.device = CPU) -> WeightedSum:
+        """What the module at ``path`` does to its bias (out,), unweighted, on ``device``."""
+        module = self.manifest.modules[path]
+        edit = WeightedSum()
+        for index, term in enumerate(module.bias_terms):
+            if isinstance(term, BiasTerm):
+                ((name, _),) = term.named(path, index)
+                edit += WeightedSum(dense=(Dense(self._factors.tensor(name).to(device), term.scale),))
+            else:
+                found = self._formed(term, (module.out_features, 1), lambda: base()[:, None], device)
+                edit += WeightedSum(dense=tuple(value.reshape((-1,)) for value in found.dense))
+        return edit
+
+    def _formed(self, term: FormTerm, out_in: tuple[int, int], base: Base, device: torch.device) -> WeightedSum:
+        tensors = {role: self._factors.tensor(ref.content_name).to(device) for role, ref in term.tensors.items()}
+        return edit_of(term.form, Term(tensors, term.parameters, term.scale, out_in, base)).scaled(term.weight)
 
     def full_file(self, name: str) -> Path:
         """The blob of a replaced tensor: a safetensors file that holds it alone."""
         return self.blobs[self.manifest.full[name].blob]
+
+    def full_tensor(self, name: str) -> StoredTensor:
+        """A replaced tensor where it is stored, under the name that it has in the checkpoint."""
+        reader = BlobReader(self.full_file(name))
+        info = replace(reader.header.by_name()["tensor"], name=name)
+        return StoredTensor(info, Shard(reader.path, reader.header, FileStamp.of(reader.path)))
 
 
 class BlobReader:
@@ -96,57 +126,7 @@ def mapped(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, .
     return from_buffer(memoryview(pages)[offset - start :], kind, shape)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEdit:
-    """Everything that happens to one tensor of the checkpoint, as names; ``load`` brings the tensors.
-
-    ``low_rank``, ``bias``: (adapter, module path); ``full``: the adapters that replace it.
-    """
-
-    low_rank: tuple[tuple[AdapterInput, str], ...] = ()
-    bias: tuple[tuple[AdapterInput, str], ...] = ()
-    full: tuple[AdapterInput, ...] = ()
-
-    def replaces(self) -> AdapterInput | None:
-        """The adapter whose tensor is simply copied [A5]: the only edit, at weight 1."""
-        if len(self.full) == 1 and self.full[0].weight == 1 and not self.low_rank and not self.bias:
-            return self.full[0]
-        return None
-
-    def load(self, stored: StoredTensor) -> WeightedSum:
-        """The edit as a value on the CPU. A tensor R that replaces W at weight w adds w·R - w·W [A1]."""
-        info = stored.info
-        low_rank = [delta for adapter, path in self.low_rank for delta in adapter.low_rank(path)]
-        dense = [delta for adapter, path in self.bias for delta in adapter.bias(path)]
-        for adapter in self.full:
-            W = mapped(stored.shard.path, stored.offset, info.nbytes, info.dtype, info.shape, info.name)
-            R = BlobReader(adapter.full_file(info.name)).tensor("tensor")
-            dense += [Dense(R, adapter.weight), Dense(W, -adapter.weight)]
-        return WeightedSum(tuple(low_rank), tuple(dense))
-
-
-def edits_of(adapters: Sequence[AdapterInput]) -> dict[str, TensorEdit]:
-    """Checkpoint tensor → what the adapters do to it. Every module and every tensor that is replaced by
-    another one is in it once.
-    """
-    low_rank: dict[str, list[tuple[AdapterInput, str]]] = {}
-    bias: dict[str, list[tuple[AdapterInput, str]]] = {}
-    full: dict[str, list[AdapterInput]] = {}
-    for adapter in adapters:
-        for path, module in adapter.manifest.modules.items():
-            low_rank.setdefault(module.tensor, []).append((adapter, path))
-            if module.bias_tensor is not None:
-                bias.setdefault(module.bias_tensor, []).append((adapter, path))
-        for name in adapter.manifest.replaced():
-            full.setdefault(name, []).append(adapter)
-    return {
-        name: TensorEdit(tuple(low_rank.get(name, ())), tuple(bias.get(name, ())), tuple(full.get(name, ())))
-        for name in sorted({*low_rank, *bias, *full})
-    }
-
-
-def module_of(edit: TensorEdit) -> tuple[AdapterInput, str, Module] | None:
-    """An adapted module behind the edit, for messages."""
-    for adapter, path in (*edit.low_rank, *edit.bias):
-        return adapter, path, adapter.manifest.modules[path]
-    return None
+def values(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor over a memory map, in its own shape."""
+    info = stored.info
+    return mapped(stored.shard.path, stored.offset, info.nbytes, info.dtype, info.shape, info.name)

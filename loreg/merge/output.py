@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from loreg.adapters import models
 from loreg.checkpoint import Advance
 from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, Match, identify
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.execute import execute
+from loreg.merge.layout import OutputTensor
 from loreg.merge.plan import MergePlan, check_space
 from loreg.merge.verify import Verification
 from loreg.staging import refuse_inside, staged, sync_tree
@@ -100,14 +102,13 @@ def _peak_rss() -> int:
 
 def _record(plan: MergePlan, digests: dict[str, Digest]) -> MergeRecord:
     """The identity of the output, from the base's known tensors and the changed ones: no second read."""
-    base = plan.base_manifest.by_name()
     tensors = [
         BaseTensor(
             tensor.info.name,
             tensor.info.dtype,
             tensor.info.shape,
             tensor.info.nbytes,
-            digests[tensor.info.name] if tensor.info.name in digests else base[tensor.info.name].content,
+            digests[tensor.info.name] if tensor.info.name in digests else _unchanged(tensor),
         )
         for tensor in plan.outputs
     ]
@@ -115,13 +116,18 @@ def _record(plan: MergePlan, digests: dict[str, Digest]) -> MergeRecord:
     return MergeRecord(plan.recipe, identify(tensors).weights_root, tuple(tensors))
 
 
+def _unchanged(tensor: OutputTensor) -> Digest:
+    if tensor.content is None:
+        raise BadInput(f"{tensor.info.name!r} was not written, and the base does not have it.")
+    return tensor.content
+
+
 def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> None:
     for relative in plan.base.side_files():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.root / relative, target)
-    if plan.recipe.dtype and (folder / "config.json").is_file():
-        _restate_dtype(folder / "config.json", DTYPE_NAMES[plan.recipe.dtype])
+    _restate_config(plan, folder / "config.json")
     if plan.index is not None:
         name, raw = plan.index
         (folder / name).write_bytes(raw)
@@ -129,13 +135,16 @@ def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> Non
     sync_tree(folder)
 
 
-def _restate_dtype(path: Path, dtype: str) -> None:
+def _restate_config(plan: MergePlan, path: Path) -> None:
+    """config.json follows the edits: dtype, tied embeddings, number of words. Left alone where none of it changed."""
+    dtype = DTYPE_NAMES[plan.recipe.dtype] if plan.recipe.dtype else None
+    if not path.is_file() or not (dtype or plan.unties or plan.resized):
+        return
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise BadInput(f"config.json of the base is not JSON, so its dtype cannot be restated: {error}.") from error
+        raise BadInput(f"config.json of the base is not JSON, so it cannot follow the merge: {error}.") from error
     if not isinstance(config, dict):
-        raise BadInput("config.json of the base is not an object, so its dtype cannot be restated.")
-    for key in {"torch_dtype", "dtype"} & set(config):
-        config[key] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        raise BadInput("config.json of the base is not an object, so it cannot follow the merge.")
+    restated = models.restated(config, dtype=dtype, untied=plan.unties, resized=plan.resized)
+    path.write_text(json.dumps(restated, indent=2) + "\n", encoding="utf-8")

@@ -14,25 +14,28 @@ differ from recipe to recipe. ``exact`` misses nothing in the bytes. Both read t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from math import prod
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loreg.algebra.edits import WeightedSum
-from loreg.algebra.rounding import half_ulp
+from loreg.algebra.rounding import bits, half_ulp
 from loreg.checkpoint import Advance, Checkpoint, StoredTensor
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, UsageError
 from loreg.format.base import BaseManifest
 from loreg.format.fingerprint import identify
-from loreg.format.recipe import DTYPES, MergeRecord
-from loreg.merge.inputs import AdapterInput, TensorEdit, edits_of, mapped
+from loreg.format.recipe import MergeRecord
+from loreg.merge.combining import Combining
+from loreg.merge.edits import TensorEdit, edits_of, untied_of
+from loreg.merge.inputs import CPU, AdapterInput, values
+from loreg.merge.layout import Action, Layout, OutputTensor
 from loreg.merge.workers import results, workers
-from loreg.tensors import to_memory
 
 KINDS = ("probe", "exact", "forward", "none")
 _PROBES = 4
@@ -87,11 +90,27 @@ class Subject:
         base_manifest: BaseManifest,
         adapters: Iterable[AdapterInput],
     ) -> Subject:
-        kept = tuple(adapter for adapter in adapters if adapter.weight != 0)
+        kept = tuple(adapter for adapter in adapters if adapter.weight != 0)  # in the recipe's order
         return cls(Checkpoint.open(folder), record, base, base_manifest, kept)
 
-    def edits(self) -> Mapping[str, TensorEdit]:
-        return edits_of(self.adapters)
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the tensors of the merged model come from, by the recipe."""
+        return Layout(self.base, self.base_manifest.by_name(), untied_of(self.adapters), self.record.recipe.dtype)
+
+    @cached_property
+    def outputs(self) -> Mapping[str, OutputTensor]:
+        """What has to be in the merged model, by name, and how each tensor is made."""
+        config: dict[str, Any] = {}
+        with suppress(BadInput):
+            config = self.base.config()
+        shards, _ = self.layout.shards(self.layout.checked(edits_of(self.adapters), config))
+        return {tensor.info.name: tensor for shard in shards for tensor in shard.tensors}
+
+    @property
+    def combining(self) -> Combining:
+        recipe = self.record.recipe
+        return Combining(self.adapters, recipe.method, recipe.parameters)
 
 
 def verify(kind: str, subject: Subject, advance: Advance) -> Verification:
@@ -130,33 +149,19 @@ def _leaves(subject: Subject, advance: Advance) -> list[Check]:
     base = subject.base_manifest
     if identify(base.tensors).weights_root != subject.record.recipe.base:
         return [files, Check("base", False, f"the base at hand is not {subject.record.recipe.base}")]
-    edits, expected = subject.edits(), _layout(subject)
     written = {tensor.name: tensor for tensor in subject.record.tensors}
+    expected = {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in subject.outputs.items()}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()}
     if found != expected:
         name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         detail = f"expected {name!r} as {expected.get(name)}, found {found.get(name)}"
         return [files, Check("layout", False, detail)]
-    untouched = [t for t in base.tensors if t.name not in edits and expected[t.name][0] == t.dtype]
-    differing = [tensor.name for tensor in untouched if written.get(tensor.name) != tensor]
+    untouched = [tensor for tensor in subject.outputs.values() if tensor.action is Action.COPY]
+    differing = [tensor.info.name for tensor in untouched if written[tensor.info.name].content != tensor.content]
     if differing:
         detail = f"{_count(differing)} not the base's, though no adapter touches it: first {differing[0]!r}"
         return [files, Check("untouched", False, detail)]
     return [files, Check("untouched", True, f"{_count(untouched)} the base's own, byte for byte")]
-
-
-def _layout(subject: Subject) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and shape of every tensor that the recipe makes of the base."""
-    converted = subject.record.recipe.dtype
-    layout = {
-        name: (value.dtype, value.shape)
-        for adapter in subject.adapters
-        for name, value in ((name, full.value) for name, full in adapter.manifest.full.items())
-    }
-    for tensor in subject.base_manifest.tensors:
-        dtype = converted if converted is not None and tensor.dtype in DTYPES else tensor.dtype
-        layout[tensor.name] = dtype, tensor.shape
-    return layout
 
 
 def _probed(subject: Subject) -> Check:
@@ -167,46 +172,36 @@ def _exact(subject: Subject) -> Check:
     return _touched(subject, _recompute, "the correctly rounded sum in every element")
 
 
-def _touched(
-    subject: Subject, judge: Callable[[StoredTensor, StoredTensor, WeightedSum, int], str], found: str
-) -> Check:
+def _touched(subject: Subject, judge: Callable[[_Weight, int], str], found: str) -> Check:
     """``judge`` on every tensor that was edited or converted; it returns what is wrong, or nothing.
 
     ``found``: what is then true of them.
     """
-    edits = subject.edits()
-    names = [
-        name
-        for name, merged in sorted(subject.merged.tensors.items())
-        if name in edits
-        or (name in subject.base.tensors and subject.base.tensors[name].info.dtype != merged.info.dtype)
-    ]
-
-    def look(seed: int, name: str) -> str:
-        merged, stored, edit = (
-            subject.merged.tensors[name],
-            subject.base.tensors.get(name),
-            edits.get(name, TensorEdit()),
-        )
-        replacing = edit.replaces()
-        if stored is None or (replacing and replacing.manifest.full[name].value.dtype == merged.info.dtype):
-            return _replaced(name, merged, edit)
-        return judge(merged, stored, edit.load(stored), seed)
-
-    start = int(subject.record.recipe.digest.hex[:8], 16)
-    jobs = [partial(look, seed, name) for seed, name in enumerate(names, start)]
-    with workers(torch.device("cpu")) as pool:
-        for name, wrong in zip(names, results(pool, jobs), strict=True):
-            if wrong:
-                return Check("touched", False, f"{name!r} {wrong}")
-    missing = sorted(set(edits) - set(subject.merged.tensors))
+    outputs = {name: tensor for name, tensor in sorted(subject.outputs.items()) if tensor.action is not Action.COPY}
+    missing = sorted(set(outputs) - set(subject.merged.tensors))
     if missing:
         return Check("touched", False, f"{missing[0]!r} is edited by the recipe and not in the output")
-    return Check("touched", True, f"{_count(names)} {found}")
+
+    def look(seed: int, name: str) -> str:
+        merged, output = subject.merged.tensors[name], outputs[name]
+        if output.action is Action.REPLACE or output.stored is None:
+            return _replaced(merged, output.edit)
+        view = output.edit.view(output.info.shape)
+        edit = output.edit.load(output.stored, subject.combining, CPU)
+        return judge(_Weight(values(output.stored).reshape(view), values(merged).reshape(view), edit), seed)
+
+    start = int(subject.record.recipe.digest.hex[:8], 16)
+    jobs = [partial(look, seed, name) for seed, name in enumerate(outputs, start)]
+    with workers(torch.device("cpu")) as pool:
+        for name, wrong in zip(outputs, results(pool, jobs), strict=True):
+            if wrong:
+                return Check("touched", False, f"{name!r} {wrong}")
+    return Check("touched", True, f"{_count(outputs)} {found}")
 
 
-def _replaced(name: str, merged: StoredTensor, edit: TensorEdit) -> str:
-    expected = edit.full[0].manifest.full[name].value.digest
+def _replaced(merged: StoredTensor, edit: TensorEdit) -> str:
+    part = edit.replaces()
+    expected = part.replacement.value.digest if part and part.replacement else None
     return "" if _content(merged) == expected else "is not the tensor that the adapter replaces it by"
 
 
@@ -217,21 +212,41 @@ def _content(stored: StoredTensor) -> Digest:
     return hasher.digest()
 
 
-def _recompute(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, seed: int) -> str:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weight:
+    """A weight before and after the merge, in the shape in which it was edited, and the edit."""
+
+    base: torch.Tensor
+    written: torch.Tensor
+    edit: WeightedSum
+
+    def matrices(self) -> Iterator[_Weight]:
+        """Itself as a matrix: a vector as rows of one element, a stack one matrix after the other."""
+        if self.base.ndim == 3:
+            for index in range(self.base.shape[0]):
+                edit = self.edit[index] if self.edit.shape else self.edit
+                yield _Weight(self.base[index], self.written[index], edit)
+        elif self.base.ndim == 2:
+            yield self
+        else:
+            dense = tuple(term.reshape((-1, 1)) for term in self.edit.dense)
+            yield _Weight(self.base[:, None], self.written[:, None], WeightedSum(dense=dense))
+
+
+def _recompute(weight: _Weight, seed: int) -> str:
     """The whole tensor again, in one piece, through the algebra."""
-    W, written = _matrix(stored), _matrix(merged)
-    dense = tuple(type(term)(term.value.reshape(W.shape), term.scale) for term in edit.dense)
-    again = WeightedSum(edit.low_rank, dense).apply(W, written.dtype)
-    if Digest.of(to_memory(again)) == _content(merged):
-        return ""
-    wrong = int((again.view(torch.int16 if again.itemsize == 2 else torch.int32)
-                 != written.view(torch.int16 if again.itemsize == 2 else torch.int32)).sum())  # fmt: skip
-    return f"has {wrong} elements that are not the correctly rounded sums"
+    again = weight.edit.apply(weight.base, weight.written.dtype)
+    wrong = int((bits(again) != bits(weight.written)).sum())
+    return f"has {wrong} elements that are not the correctly rounded sums" if wrong else ""
 
 
-def _probe(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, seed: int) -> str:
+def _probe(weight: _Weight, seed: int) -> str:
+    return next((wrong for matrix in weight.matrices() if (wrong := _probe_matrix(matrix, seed))), "")
+
+
+def _probe_matrix(weight: _Weight, seed: int) -> str:
     """Block by block in float64: (W' - W)x against Σ c·B(Ax) for a few x, and whole rows element by element."""
-    W, written = _matrix(stored), _matrix(merged)
+    W, written, edit = weight.base, weight.written, weight.edit
     rows, columns = W.shape
     left, right, size = _stacked(edit, rows, columns)
     vectors = _vectors(right, columns, seed)
@@ -247,7 +262,7 @@ def _probe(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, seed: 
         difference = result - W[here].double()
         bound = unit * (result.abs() @ sizes) + least * sizes.sum(0) + _SLACK * (left[here].abs() @ spread)
         for term in edit.dense:
-            dense = term.scale * term.value.reshape(W.shape)[here].double()
+            dense = term.scale * term.value[here].double()
             difference -= dense
             bound += _SLACK * (dense.abs() @ sizes)
         if bool(((difference @ vectors - left[here] @ added).abs() > bound).any()):
@@ -256,17 +271,10 @@ def _probe(merged: StoredTensor, stored: StoredTensor, edit: WeightedSum, seed: 
         inside = picks - first
         wrong = (difference[inside] - left[picks] @ right).abs()
         terms = result[inside].abs() + left[picks].abs() @ size
-        terms += sum((term.scale * term.value.reshape(W.shape)[picks].double()).abs() for term in edit.dense)
+        terms += sum((term.scale * term.value[picks].double()).abs() for term in edit.dense)
         if bool((wrong > half_ulp(written[picks]) + _SLACK * 2.0**-16 * terms).any()):
             return f"has an element in rows {first} to {here.stop} that is not the sum within one rounding"
     return ""
-
-
-def _matrix(stored: StoredTensor) -> torch.Tensor:
-    """A view of the file as (rows, columns); a vector, or anything that is no matrix, as rows of one element."""
-    info = stored.info
-    tensor = mapped(stored.shard.path, stored.offset, info.nbytes, info.dtype, info.shape, info.name)
-    return tensor if len(info.shape) == 2 else tensor.reshape(prod(info.shape), 1)
 
 
 def _stacked(edit: WeightedSum, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

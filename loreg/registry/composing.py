@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,16 +15,19 @@ from loreg.algebra.delta import LowRank
 from loreg.digest import Digest
 from loreg.errors import Unsupported, UsageError
 from loreg.format.base import BaseReference
-from loreg.format.manifest import AdapterManifest, Provenance
-from loreg.format.module import BiasTerm, FullTensor, LowRankTerm, Module
+from loreg.format.manifest import AdapterManifest, Provenance, Tie
+from loreg.format.module import FullTensor, Module
 from loreg.format.recipe import EXACT, LAPACK, Recipe
 from loreg.format.reference import check_name, check_tag, parse_expression
+from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.registry.core import Registry, Version
 from loreg.registry.exporting import tensor_reader
 from loreg.registry.merging import choose_device, same_base
 from loreg.registry.packing import Package, reference
 
 METHODS = ("linear", "svd")
+
+_T = TypeVar("_T", LowRankTerm | FormTerm, BiasTerm | FormTerm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ def compose(
     error = 0.0
     if rank is not None:
         modules, error = _truncated(modules, package, rank, choose_device(device))
-    manifest, blobs = package.finish(_base(parts), modules, full, None, _provenance(parts, method, rank))
+    provenance = _provenance(parts, method, rank)
+    manifest, blobs = package.finish(_base(parts), modules, full, None, provenance, _ties(parts))
     return Composed(registry.commit_version(name, manifest, blobs, wanted, note), error)
 
 
@@ -104,27 +108,31 @@ def _paths(parts: Sequence[_Part]) -> list[str]:
 
 def _module(path: str, parts: Sequence[_Part], package: Package) -> Module:
     """The terms of all parts side by side: rank concatenation, with nothing folded and nothing rounded."""
-    terms: list[LowRankTerm] = []
-    biases: list[BiasTerm] = []
-    raws: list[RawTensor] = []
-    models = [part.manifest.modules[path] for part in parts if path in part.manifest.modules]
-    for part in parts:
-        module = part.manifest.modules.get(path)
-        if module is None:
-            continue
-        if (module.shape, module.orientation) != (models[0].shape, models[0].orientation):
-            raise Unsupported(f"{path!r} has shape {models[0].shape} in one adapter and {module.shape} in another.")
-        raws += [part.read(f"factors:{name}") for name, _ in module.tensors(path)]
-        terms += [replace(term, alpha=None, scale=part.weight * term.scale) for term in module.terms]
-        biases += [replace(term, scale=part.weight * term.scale) for term in module.bias_terms]
-    bias_tensor = next((module.bias_tensor for module in models if module.bias_tensor), None)
-    composed = replace(models[0], terms=tuple(terms), bias_tensor=bias_tensor, bias_terms=tuple(biases))
-    # The parents' tensors come as A, B, …, bias per parent; in the manifest all biases are last.
-    low_rank = [raw for raw in raws if ".lora_bias." not in raw.key]
-    bias = [raw for raw in raws if ".lora_bias." in raw.key]
-    for (name, _), raw in zip(composed.tensors(path), [*low_rank, *bias], strict=True):
+    found = [(part, part.manifest.modules[path]) for part in parts if path in part.manifest.modules]
+    first = found[0][1]
+    terms: list[tuple[_Part, list[str], LowRankTerm | FormTerm]] = []
+    biases: list[tuple[_Part, list[str], BiasTerm | FormTerm]] = []
+    for part, module in found:
+        if (module.shape, module.view, module.orientation) != (first.shape, first.view, first.orientation):
+            raise Unsupported(f"{path!r} has shape {first.shape} in one adapter and {module.shape} in another.")
+        terms += ((part, name, term) for name, term in _with_names(path, module.terms))
+        biases += ((part, name, term) for name, term in _with_names(path, module.bias_terms))
+    composed = replace(
+        first,
+        terms=tuple(term.scaled(part.weight) for part, _, term in terms),
+        bias_tensor=next((module.bias_tensor for _, module in found if module.bias_tensor), None),
+        bias_terms=tuple(term.scaled(part.weight) for part, _, term in biases),
+    )
+    raws = (part.read(f"factors:{name}") for part, names, _ in (*terms, *biases) for name in names)
+    for (name, _), raw in zip(composed.tensors(path), raws, strict=True):
         package.factors[name] = raw
     return composed
+
+
+def _with_names(path: str, terms: Iterable[_T]) -> Iterator[tuple[list[str], _T]]:
+    """Each term with the names of its tensors in the factors blob of its own version."""
+    for index, term in enumerate(terms):
+        yield [name for name, _ in term.named(path, index)], term
 
 
 def _full(parts: Sequence[_Part], package: Package) -> dict[str, FullTensor]:
@@ -147,6 +155,10 @@ def _truncated(
     result = {}
     lost = whole = 0.0
     for path, module in modules.items():
+        if not module.plain or len(module.view) != 2:
+            raise Unsupported(
+                f"{path!r} is adapted by more than plain LoRA, and has no factors to truncate: merge the expression."
+            )
         raws = {name: package.factors.pop(name) for name, _ in module.tensors(path)}
         deltas = [
             LowRank(
@@ -175,6 +187,19 @@ def _base(parts: Sequence[_Part]) -> BaseReference:
     for part in parts:
         touched.update(part.manifest.base.touched)
     return replace(first, touched=touched)
+
+
+def _ties(parts: Sequence[_Part]) -> dict[str, Tie]:
+    """Tied tensors of all parts. One that some untie and others change as one has no form as one adapter."""
+    ties: dict[str, Tie] = {}
+    for part in parts:
+        for name, tie in part.manifest.ties.items():
+            if ties.setdefault(name, tie) != tie:
+                raise Unsupported(
+                    f"{part.version} takes {name!r} as tied to {tie.to!r} and another adapter does not: merge the "
+                    "expression instead."
+                )
+    return ties
 
 
 def _provenance(parts: Sequence[_Part], method: str, rank: int | None) -> Provenance:

@@ -13,7 +13,7 @@ import torch
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
-from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.errors import BadInput, BaseMismatch, NotFound, Unsupported, UsageError
 from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
@@ -277,9 +277,26 @@ def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank
     adapter = adapter_input(registry, version, 1.0)
     deltas = {}
     for path in version.manifest.modules:
-        terms = [term.to(target) for term in adapter.low_rank(path)]
+        terms = factors(adapter, path, target)
         deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
     return deltas
+
+
+def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[LowRank, ...]:
+    """The low-rank deltas of a module. Raises Unsupported where it is no sum of such alone."""
+
+    def base() -> torch.Tensor:
+        raise Unsupported(
+            f"{adapter.label} changes {path!r} in a way that depends on the base's weight, so it has no factors to "
+            "load: merge it."
+        )
+
+    edit = adapter.weight_edit(path, base, device)
+    if edit.dense:
+        raise Unsupported(
+            f"{adapter.label} changes {path!r} by a dense delta, which has no factors to load: merge it."
+        )
+    return edit.low_rank
 
 
 def same_base(manifests: Sequence[tuple[str, AdapterManifest]]) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loreg.adapters.binding import Binding, BoundModule
-from loreg.adapters.draft import Draft, DraftFile, RawTensor
-from loreg.digest import Digest, DoubleHasher, Fingerprint, Hasher
+from loreg.adapters.draft import Draft, DraftFile, DraftTerm, RawTensor
+from loreg.digest import Digest, DoubleHasher, Fingerprint
 from loreg.errors import BadInput
 from loreg.format.base import BaseManifest, BaseReference
-from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, SourceFile, check_file_name
-from loreg.format.module import BiasTerm, FullTensor, LowRankTerm, Module, TensorRef
+from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, SourceFile, Tie, check_file_name
+from loreg.format.module import FullTensor, Module
 from loreg.format.safetensors import Header, canonical_header
+from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm, TensorRef
 from loreg.registry.storage import PendingBlob
 
 
@@ -39,6 +40,7 @@ class Package:
         full: Mapping[str, FullTensor],
         source: Source | None,
         provenance: Provenance,
+        ties: Mapping[str, Tie] | None = None,
     ) -> tuple[AdapterManifest, list[PendingBlob]]:
         """The manifest, checked, and every blob that it needs, the manifest itself last."""
         if self.factors:
@@ -47,7 +49,7 @@ class Package:
             BlobRef(digest, blob.fingerprint.sha256, blob.fingerprint.size, role)
             for (digest, role), blob in sorted(self._blobs.items())
         ]
-        manifest = AdapterManifest(base, modules, full, tuple(refs), source, provenance)
+        manifest = AdapterManifest(base, modules, full, tuple(refs), source, provenance, ties=ties or {})
         manifest.check()
         return manifest, [*self._blobs.values(), PendingBlob.of(manifest.dump())]
 
@@ -59,9 +61,8 @@ def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterMa
     modules = {}
     for path, bound in binding.modules.items():
         module = modules[path] = _module(bound)
-        term = bound.draft.term
-        raws = (term.A, term.B, bound.draft.bias)
-        for (name, _), raw in zip(module.tensors(path), (raw for raw in raws if raw is not None), strict=True):
+        raws = (raw for term in (*bound.draft.terms, *bound.draft.bias_terms) for raw in term.tensors.values())
+        for (name, _), raw in zip(module.tensors(path), raws, strict=True):
             package.factors[name] = raw
             places[raw.key] = f"factors:{name}"
     full = {}
@@ -70,27 +71,25 @@ def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterMa
         places[replaced.tensor.key] = f"full:{name}"
     files = tuple(_source_file(file, places, package) for file in draft.files)
     provenance = Provenance(license=draft.license, training=draft.training)
-    return package.finish(base, modules, full, Source(draft.format, files), provenance)
+    return package.finish(base, modules, full, Source(draft.format, files), provenance, binding.ties)
 
 
 def touched(base: BaseManifest, names: Iterable[str]) -> dict[str, Digest]:
     """Tensor → leaf, for tensors that are adapted or replaced [M3]."""
     tensors = base.by_name()
-    return {name: tensors[name].leaf for name in names}
+    return {name: tensors[name].leaf for name in names if name in tensors}  # a tied head need not be stored
 
 
 def bound_tensors(binding: Binding) -> list[str]:
     """The checkpoint tensors that a binding adapts or replaces."""
     biases = [module.bias_tensor for module in binding.modules.values() if module.bias_tensor is not None]
     replaced = [name for name, full in binding.full.items() if not full.added]
-    return [module.tensor for module in binding.modules.values()] + biases + replaced
+    tied = [tie.to for tie in binding.ties.values()]
+    return [module.tensor for module in binding.modules.values()] + biases + replaced + tied
 
 
 def reference(tensor: RawTensor) -> TensorRef:
-    hasher = Hasher()
-    for chunk in tensor.chunks():
-        hasher.update(chunk)
-    return TensorRef(tensor.dtype, tensor.shape, hasher.digest())
+    return TensorRef(tensor.dtype, tensor.shape, tensor.digest())
 
 
 def tensors_blob(tensors: Mapping[str, RawTensor]) -> PendingBlob:
@@ -109,19 +108,36 @@ def tensors_blob(tensors: Mapping[str, RawTensor]) -> PendingBlob:
 
 
 def _module(bound: BoundModule) -> Module:
-    term = bound.draft.term
-    low_rank = LowRankTerm(term.rank, term.alpha, term.scale, reference(term.A), reference(term.B))
-    bias = bound.draft.bias
+    matrix = bound.stored is None
     return Module(
         tensor=bound.tensor,
         kind=bound.kind,
         orientation=bound.orientation,
-        in_features=term.A.shape[1],
-        out_features=term.B.shape[0],
-        terms=(low_rank,),
+        in_features=bound.out_in[1],
+        out_features=bound.out_in[0],
+        terms=tuple(_term(term, matrix) for term in bound.draft.terms),
         bias_tensor=bound.bias_tensor,
-        bias_terms=(BiasTerm(term.scale, reference(bias)),) if bias is not None else (),
+        bias_terms=tuple(_bias_term(term) for term in bound.draft.bias_terms),
+        stored=bound.stored,
     )
+
+
+def _term(term: DraftTerm, matrix: bool) -> LowRankTerm | FormTerm:
+    """Plain LoRA where it is that, in the fields that all versions of the format have; else a term with a form."""
+    plain = term.form == "lora" and matrix and set(term.tensors) == {"A", "B"}
+    if plain and term.parameters.get("groups", 1) == 1 and all(len(raw.shape) == 2 for raw in term.tensors.values()):
+        A, B = (reference(term.tensors[role]) for role in "AB")
+        return LowRankTerm(term.rank, term.alpha, term.scale, A, B)
+    return _formed(term)
+
+
+def _bias_term(term: DraftTerm) -> BiasTerm | FormTerm:
+    return BiasTerm(term.scale, reference(term.tensors["value"])) if term.form == "dense" else _formed(term)
+
+
+def _formed(term: DraftTerm) -> FormTerm:
+    tensors = {role: reference(raw) for role, raw in term.tensors.items()}
+    return FormTerm(term.form, term.rank, term.alpha, term.scale, 1.0, tensors, term.parameters)
 
 
 def _source_file(file: DraftFile, places: Mapping[str, str], package: Package) -> SourceFile:

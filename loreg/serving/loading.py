@@ -8,7 +8,7 @@ from loreg.algebra.delta import concatenate
 from loreg.format.module import IN_OUT
 from loreg.registry import Registry
 from loreg.registry import open as open_registry
-from loreg.registry.merging import adapter_input, choose_device
+from loreg.registry.merging import adapter_input, choose_device, factors
 
 
 def load(
@@ -32,10 +32,10 @@ def load(
     adapter = adapter_input(registry, version, 1.0)
     loaded = {}
     for path, module in version.manifest.modules.items():
-        terms = adapter.low_rank(path)
+        terms = factors(adapter, path, target)
         delta = terms[0] if len(terms) == 1 else concatenate(terms, torch.float32)
         # The algebra's orientation is the checkpoint's; an engine wants the layer's.
-        A, B = (delta.left.T, delta.right.T) if module.orientation == IN_OUT else (delta.right, delta.left)
+        A, B = (delta.left.mT, delta.right.mT) if module.orientation == IN_OUT else (delta.right, delta.left)
         loaded[path] = (
             A.to(target, dtype or A.dtype, copy=True).contiguous(),
             B.to(target, dtype or B.dtype, copy=True).contiguous(),
