@@ -1,0 +1,28 @@
+"""What the tensors of a PEFT adapter mean: the common result of all its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from loreg.adapters.draft import DraftModule, RawTensor
+
+PREFIX = "base_model.model."
+
+Config: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """``modules`` by module path, ``full`` by tensor path; ``together``: keys of ``full`` tensors that replace a tied
+    weight in both its places."""
+
+    modules: Mapping[str, DraftModule]
+    full: Mapping[str, RawTensor]
+    together: frozenset[str] = frozenset()
+
+
+ReadContents: TypeAlias = Callable[[Mapping[str, RawTensor], Config, Path], Contents]
+"""(tensors by key, config, the config's path for messages) → contents. Raises BadInput, Unsupported."""

@@ -1,0 +1,64 @@
+"""The files of a PEFT directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from loreg.adapters.draft import DraftFile, RawTensor
+from loreg.adapters.peft.config import CONFIG
+from loreg.checkpoint import FileStamp, open_binary
+from loreg.errors import NotFound
+from loreg.format.manifest import is_file_name
+from loreg.format.safetensors import read_header
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+
+# Small files that belong to an adapter; weights, optimizer states and the like do not.
+_KEPT_SUFFIXES = frozenset({".json", ".md", ".txt", ".jinja", ".model", ".yaml", ".yml", ""})
+
+
+def read_weights(folder: Path) -> DraftFile:
+    """The tensors of the adapter in ``folder``. Raises NotFound, BadInput."""
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if (folder / PICKLED_WEIGHTS).is_file():
+        return _pickled(folder / PICKLED_WEIGHTS)
+    raise NotFound(f"{folder} has {CONFIG} but neither {WEIGHTS} nor {PICKLED_WEIGHTS}: save the adapter again.")
+
+
+def read_safetensors(path: Path) -> DraftFile:
+    size = FileStamp.of(path).size
+    with open_binary(path) as file:
+        header = read_header(file, size, what=str(path))
+    start = header.data_start
+    tensors = (RawTensor(t.name, t.dtype, t.shape, path, start + t.start) for t in header.tensors)
+    return DraftFile(path, tuple(tensors), header=start)
+
+
+def _pickled(path: Path) -> DraftFile:
+    from loreg.adapters.pickled import load_tensors
+
+    return DraftFile(path, load_tensors(path))
+
+
+def side_files(folder: Path, weights: str) -> tuple[list[DraftFile], tuple[str, ...]]:
+    kept, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name == weights or path.name.startswith("."):
+            continue
+        if path.is_file() and path.suffix.lower() in _KEPT_SUFFIXES and is_file_name(path.name):
+            kept.append(DraftFile(path))
+        else:
+            left_out.append(path.name + ("/" if path.is_dir() else ""))
+    return kept, tuple(left_out)
+
+
+def license_of(card: Path) -> str | None:
+    """The licence that the front matter of a model card names."""
+    if not card.is_file():
+        return None
+    matter = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*['\"]?([A-Za-z0-9.+-]{1,64})", matter[1], re.MULTILINE) if matter else None
+    return found[1] if found else None
