@@ -23,6 +23,7 @@ FLOORS = {
     "algebra": 2,
     "tensors": 3,
     "checkpoint": 3,
+    "quantised": 3,
     "staging": 3,
     "store": 3,
     "hub": 3,
@@ -35,8 +36,9 @@ FLOORS = {
 }
 # Heavy or foreign libraries, and the only rooms that may name them.
 ALLOWED = {
-    "torch": {"algebra", "tensors", "adapters", "merge", "registry", "serving"},
+    "torch": {"algebra", "tensors", "quantised", "adapters", "merge", "registry", "serving"},
     "numpy": {"algebra", "adapters"},
+    "mpmath": {"algebra"},
     "sqlalchemy": {"catalog", "registry"},
     "alembic": {"catalog"},
     "click": {"cli"},

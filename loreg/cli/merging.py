@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -10,6 +12,8 @@ from loreg.cli import text
 from loreg.cli.adapters import version_document, version_text
 from loreg.cli.console import Console
 from loreg.cli.program import Command
+from loreg.errors import UsageError
+from loreg.format.methods import METHODS
 
 if TYPE_CHECKING:
     from loreg.merge.verify import Verification
@@ -19,9 +23,44 @@ _OUT = click.option("--out", metavar="DIR", required=True, help="A directory tha
 _DEVICE = click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 
 
+_Callback = TypeVar("_Callback", bound=Callable[..., Any])
+
+
+def _method(command: _Callback) -> _Callback:
+    """The options of a method: three that many have, and any other as KEY=VALUE; together they are its parameters."""
+    for option in (
+        click.option("--param", "rest", metavar="K=V", multiple=True, help="Another parameter; see 'loreg methods'."),
+        click.option("--seed", type=int, metavar="S", help="The seed of random masks."),
+        click.option("--density", type=float, metavar="D", help="The share of elements that is kept, in (0, 1]."),
+        click.option("--energy", type=float, metavar="E", help="Truncate to this share of the square norm."),
+        click.option("--rank", type=int, metavar="R", help="Truncate to this rank."),
+        click.option(
+            "--method", metavar="M", default="linear", show_default=True, help="How; 'loreg methods' lists them."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _parameters(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the method's parameters out of a command's options. Raises UsageError for what is no K=V."""
+    found = {name: options.pop(name) for name in ("rank", "energy", "density", "seed")}
+    given = {name: value for name, value in found.items() if value is not None}
+    for text_ in options.pop("rest"):
+        key, equals, value = text_.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text_!r} is no parameter: expected --param NAME=VALUE, such as --param lambda=0.5.")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return given
+
+
 @click.command(cls=Command)
 @_APPLY
 @_OUT
+@_method
 @click.option("--base", metavar="PATH", help="The model to merge into. [default: the one the adapters name]")
 @click.option("--dtype", metavar="D", help="bfloat16, float16 or float32. [default: as the base has it]")
 @_DEVICE
@@ -40,13 +79,16 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
     \b
       loreg merge --apply sql+humor --out ./model
       loreg merge --apply "0.7*sql:prod - 0.3*humor" --out ./model --dtype bfloat16
+      loreg merge --apply "sql + humor" --out ./model --method ties --density 0.5
     """
+    parameters = _parameters(options)
     with console.open() as registry, console.progress() as bar:
-        result = registry.merge(expression, out, progress=bar.stage, **options)
+        result = registry.merge(expression, out, progress=bar.stage, parameters=parameters, **options)
     written = sum(tensor.nbytes for tensor in result.record.tensors)
     document = {
         "out": str(result.out),
         "recipe": str(result.recipe),
+        "method": result.record.recipe.method,
         "weights_root": str(result.weights_root),
         "base_match": result.base_match.label,
         "touched": list(result.touched),
@@ -60,6 +102,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
     told = [
         ("out", result.out),
         ("recipe", result.recipe),
+        ("method", f"{result.record.recipe.method}, {result.record.recipe.arithmetic}"),
         ("weights_root", result.weights_root),
         ("base", f"matches by {result.base_match.label}"),
         ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
@@ -106,30 +149,54 @@ def unmerge(console: Console, merged: str, out: str, base: str | None) -> None:
 @click.command(cls=Command)
 @_APPLY
 @click.option("--name", metavar="N", required=True, help="What to call the result.")
-@click.option(
-    "--method",
-    type=click.Choice(["linear", "svd"]),
-    default="linear",
-    show_default=True,
-    help="Keep every term, exactly; or truncate to --rank.",
-)
-@click.option("--rank", type=int, metavar="R", help="The rank to truncate to.")
+@_method
 @_DEVICE
 @click.option("--tag", "tags", metavar="T", multiple=True, help="Point this tag at it too; may be repeated.")
 @click.option("--note", "-m", metavar="NOTE", help="A line for the log.")
 @click.pass_obj
 def compose(console: Console, /, expression: str, name: str, **options: Any) -> None:
-    """Store a weighted sum of adapters as an adapter.
+    """Store what a method makes of adapters as an adapter: their weighted sum, exactly, unless another is named.
 
     \b
       loreg compose --apply "0.7*sql + 0.3*humor" --name both --method svd --rank 16
+      loreg compose --apply "sql + humor" --name both --method ties --density 0.5 --rank 16
     """
+    parameters = _parameters(options)
     with console.open() as registry:
-        composed = registry.compose(expression, name, **options)
+        composed = registry.compose(expression, name, **options, **parameters)
     console.emit(
-        {**version_document(composed.version), "relative_error": composed.relative_error},
-        version_text(composed.version, ("relative error", f"{composed.relative_error:.3g}")),
+        {**version_document(composed.version), "method": composed.method, "relative_error": composed.relative_error},
+        version_text(
+            composed.version, ("method", composed.method), ("relative error", f"{composed.relative_error:.3g}")
+        ),
     )
+
+
+@click.command(cls=Command, name="methods")
+@click.pass_obj
+def list_methods(console: Console) -> None:
+    """List the ways to combine adapters, with their parameters.
+
+    A family alone, such as ties, means its mergekit definition.
+    """
+    rows = METHODS.items()
+    document = {
+        "methods": [
+            {
+                "name": name,
+                "summary": row.summary,
+                "source": row.source,
+                "arithmetic": row.arithmetic,
+                "parameters": {key: parameter.help for key, parameter in row.parameters.items()},
+            }
+            for name, row in rows
+        ]
+    }
+    told = []
+    for name, row in rows:
+        told.append(f"{click.style(name, bold=True)}  {row.summary}")
+        told += [f"    {key}: {parameter.help}" for key, parameter in row.parameters.items()]
+    console.emit(document, "\n".join(told))
 
 
 @click.command(cls=Command)

@@ -28,6 +28,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "merge": "loreg.cli.merging:merge",
         "unmerge": "loreg.cli.merging:unmerge",
         "compose": "loreg.cli.merging:compose",
+        "methods": "loreg.cli.merging:list_methods",
         "verify": "loreg.cli.merging:verify",
     },
     "Sharing": {"sync": "loreg.cli.sharing:sync"},

@@ -11,22 +11,11 @@ from loreg.errors import BadInput, UsageError
 from loreg.format import canonical_json
 from loreg.format.fields import Fields
 from loreg.format.fingerprint import BaseTensor, identify
+from loreg.format.methods import EXACT, LAPACK, METHODS, ORDERED, read
 from loreg.format.reference import format_weight
 from loreg.format.safetensors import check_name, nbytes_of
 
 FORMAT = "loreg/1"
-EXACT = "loreg-exact-1"
-"""The arithmetic of weighted sums: the storage value nearest to the exact real number [A1]."""
-
-LAPACK = "float64-lapack"
-"""Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters, whose digest is that of
-their content [R3]."""
-
-ORDERED = "loreg-f64-1"
-"""Float64 operations in a stated order, and one rounding at the end [A6]: for norms, roots, thresholds."""
-
-METHODS = {"linear": (EXACT, ORDERED), "svd": (LAPACK,)}
-"""Method → the arithmetics that it can have."""
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Storage dtypes that a merge computes [R4], by the container's name, with the name that people write."""
 
@@ -118,17 +107,19 @@ class Recipe:
             )
         if list(recipe.terms) != sorted(recipe.terms):  # [R1]
             raise BadInput(f"{fields.path}.terms: expected in the order of digest and weight, found another.")
-        if recipe.arithmetic not in METHODS[recipe.method]:  # [R3]
-            fields.refuse("arithmetic", f"one of {', '.join(METHODS[recipe.method])}", recipe.arithmetic)
-        with Fields(dict(recipe.parameters), f"{fields.path}.parameters") as f:  # [R3]
-            if recipe.method == "svd":
-                f.natural("rank", 1)
+        row = METHODS[recipe.method]
+        # An exact sum is an ordered one where a form needs norms; a dense delta is truncated to be an adapter.
+        other = {"exact": ORDERED, "dense": LAPACK}.get(row.space, row.arithmetic)
+        if recipe.arithmetic not in (row.arithmetic, other):  # [R3]
+            fields.refuse("arithmetic", f"{row.arithmetic} or {other}", recipe.arithmetic)
+        truncated = row.space == "dense" and recipe.arithmetic == LAPACK
+        read(recipe.method, Fields(dict(recipe.parameters), f"{fields.path}.parameters"), truncated)  # [R3]
         return recipe
 
     def require_merge(self, path: str) -> None:
         """BadInput unless this is how a model is merged, and not how an adapter was composed [R3]."""
-        if self.method != "linear":
-            raise BadInput(f"{path}: expected a recipe of method 'linear', found {self.method!r}.")
+        if self.method == "cat" or self.arithmetic == LAPACK:
+            raise BadInput(f"{path}: expected a method that merges to the same bits anywhere, found {self.method!r}.")
 
 
 def _term(fields: Fields) -> RecipeTerm:

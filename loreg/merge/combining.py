@@ -15,7 +15,7 @@ from loreg.algebra.edits import WeightedSum
 from loreg.digest import Digest
 from loreg.format import methods
 from loreg.format.manifest import AdapterManifest
-from loreg.format.recipe import EXACT, ORDERED
+from loreg.format.methods import EXACT, ORDERED
 from loreg.merge.inputs import AdapterInput
 
 Edits = Sequence[tuple[AdapterInput, WeightedSum]]

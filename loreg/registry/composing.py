@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
-import torch
-
-from loreg.adapters.draft import RawTensor
-from loreg.adapters.folding import raw_of, tensor_of
-from loreg.algebra.combine import svd
-from loreg.algebra.delta import LowRank
+from loreg.checkpoint import StoredTensor
 from loreg.digest import Digest
-from loreg.errors import Unsupported, UsageError
+from loreg.errors import NotFound, Unsupported, UsageError
+from loreg.format import methods
 from loreg.format.base import BaseReference
-from loreg.format.manifest import AdapterManifest, Provenance, Tie
-from loreg.format.module import FullTensor, Module
-from loreg.format.recipe import EXACT, LAPACK, Recipe
-from loreg.format.reference import check_name, check_tag, parse_expression
-from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
-from loreg.registry.core import Registry, Version
+from loreg.format.manifest import Provenance, Tie
+from loreg.format.module import FullTensor
+from loreg.format.recipe import Recipe
+from loreg.format.reference import check_name, check_tag, format_weight, parse_expression
+from loreg.merge.combining import Combining, arithmetic_of
+from loreg.registry.bases import check_files
+from loreg.registry.building import Builder, Factored, Part, SideBySide, Truncating
+from loreg.registry.core import Registry, Version, silent
 from loreg.registry.exporting import tensor_reader
-from loreg.registry.merging import choose_device, same_base
-from loreg.registry.packing import Package, reference
+from loreg.registry.merging import adapter_input, choose_device, same_base
+from loreg.registry.packing import Package
 
-METHODS = ("linear", "svd")
-
-_T = TypeVar("_T", LowRankTerm | FormTerm, BiasTerm | FormTerm)
+_SUMS = ("linear", "cat", "svd")
+"""Methods for which a replaced tensor is what it is: the others make something else of its difference to the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A composed version, and how far it is from the sum: ‖Σ - result‖/‖Σ‖ over all modules (Frobenius).
+    """A composed version, the full name of the method, and how far the version is from what that gives.
 
-    0 for ``linear``, which loses nothing; for ``svd`` from the discarded singular values, to which storing the
-    factors in float32 adds at most 2⁻²³.
+    ``relative_error``: ‖result - stored‖/‖result‖ over the weights of all modules (Frobenius). 0 for ``linear``,
+    which loses nothing; else what truncation to a rank threw away, exactly, to which storing the factors in
+    float32 adds at most 2⁻²³.
     """
 
     version: Version
+    method: str
     relative_error: float
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A summand: a version, its weight, and a reader of its tensors."""
-
-    version: Version
-    weight: float
-    read: Callable[[str], RawTensor]
-
-    @property
-    def manifest(self) -> AdapterManifest:
-        return self.version.manifest
 
 
 def compose(
@@ -61,39 +49,72 @@ def compose(
     name: str,
     *,
     method: str,
-    rank: int | None,
+    parameters: Mapping[str, Any],
     device: str,
-    tags: Iterable[str],
-    note: str | None,
+    tags: Iterable[str] = (),
+    note: str | None = None,
 ) -> Composed:
     """See ``Registry.compose``."""
     check_name(name)
     wanted = [check_tag(tag) for tag in tags]
-    if method not in METHODS:
-        raise UsageError(f"{method!r} is not a method: expected one of {', '.join(METHODS)}.")
-    if (method == "svd") != (rank is not None):
-        raise UsageError("--rank goes with --method svd, and svd needs it: say to what rank to truncate.")
-    parts = [_part(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
-    parts = sorted((p for p in parts if p.weight != 0), key=lambda p: (p.version.digest, p.weight))
+    full_name, row = methods.method(method)
+    dense = row.space == "dense"
+    given = methods.parameters(full_name, parameters, truncated=dense)
+    target = choose_device(device)
+    parts = [part_of(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
+    parts = sorted((p for p in parts if p.weight != 0), key=lambda p: (p.input.digest, format_weight(p.weight)))
     if not parts:
         raise UsageError(f"{expression!r} has no term of a weight other than 0: there is nothing to compose.")
-    same_base([(str(part.version), part.manifest) for part in parts])
+    methods.check_count(full_name, given, len(parts))
+    same_base([(part.input.label, part.manifest) for part in parts])
     package = Package()
-    modules = {path: _module(path, parts, package) for path in _paths(parts)}
-    full = _full(parts, package)
-    error = 0.0
-    if rank is not None:
-        modules, error = _truncated(modules, package, rank, choose_device(device))
-    provenance = _provenance(parts, method, rank)
+    builder: Builder
+    if full_name == "linear":
+        builder = SideBySide(parts, package)
+    elif dense:
+        combining = Combining(tuple(part.input for part in parts), full_name, given)
+        builder = Truncating(parts, package, combining, target, BaseTensors(registry, parts))
+    else:
+        builder = Factored(parts, package, full_name, given, target)
+    modules = {path: builder.module(path) for path in _paths(parts)}
+    full = _full(parts, package, full_name)
+    provenance = _provenance(parts, full_name, given)
     manifest, blobs = package.finish(_base(parts), modules, full, None, provenance, _ties(parts))
-    return Composed(registry.commit_version(name, manifest, blobs, wanted, note), error)
+    error = math.sqrt(builder.error / builder.total) if builder.total else 0.0
+    return Composed(registry.commit_version(name, manifest, blobs, wanted, note), full_name, error)
 
 
-def _part(registry: Registry, version: Version, weight: float) -> _Part:
-    return _Part(version, weight, tensor_reader(registry.storage, version.manifest))
+def part_of(registry: Registry, version: Version, weight: float) -> Part:
+    """A version as a summand."""
+    return Part(adapter_input(registry, version, weight), tensor_reader(registry.storage, version.manifest))
 
 
-def _paths(parts: Sequence[_Part]) -> list[str]:
+class BaseTensors:
+    """Tensors of the base that the parts were trained on; its files are looked for when the first is asked for."""
+
+    def __init__(self, registry: Registry, parts: Sequence[Part]) -> None:
+        self._registry, self._parts = registry, parts
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, StoredTensor]:
+        reference = self._parts[0].manifest.base
+        base = self._registry.bases.of_root(reference.identity.weights_root, reference.name)
+        if base is None:
+            raise NotFound(
+                f"{self._parts[0].input.label} changes weights in a way that depends on their values, and base "
+                f"{reference.name!r} is not registered here: add it with 'loreg base add'."
+            )
+        checkpoint = base.open()
+        check_files(base, checkpoint, self._registry.bases.cache, silent)
+        return checkpoint.tensors
+
+    def __call__(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise Unsupported(f"{name!r} is tied in the base and not stored there: merge the expression instead.")
+        return self._tensors[name]
+
+
+def _paths(parts: Sequence[Part]) -> list[str]:
     """Every adapted module. One tensor under two paths would be adapted twice: refused."""
     owner: dict[str, str] = {}
     for part in parts:
@@ -101,87 +122,30 @@ def _paths(parts: Sequence[_Part]) -> list[str]:
             first = owner.setdefault(module.tensor, path)
             if first != path:
                 raise Unsupported(
-                    f"{module.tensor!r} is called {first!r} by one adapter and {path!r} by {part.version}."
+                    f"{module.tensor!r} is called {first!r} by one adapter and {path!r} by {part.input.label}."
                 )
     return sorted(owner.values())
 
 
-def _module(path: str, parts: Sequence[_Part], package: Package) -> Module:
-    """The terms of all parts side by side: rank concatenation, with nothing folded and nothing rounded."""
-    found = [(part, part.manifest.modules[path]) for part in parts if path in part.manifest.modules]
-    first = found[0][1]
-    terms: list[tuple[_Part, list[str], LowRankTerm | FormTerm]] = []
-    biases: list[tuple[_Part, list[str], BiasTerm | FormTerm]] = []
-    for part, module in found:
-        if (module.shape, module.view, module.orientation) != (first.shape, first.view, first.orientation):
-            raise Unsupported(f"{path!r} has shape {first.shape} in one adapter and {module.shape} in another.")
-        terms += ((part, name, term) for name, term in _with_names(path, module.terms))
-        biases += ((part, name, term) for name, term in _with_names(path, module.bias_terms))
-    composed = replace(
-        first,
-        terms=tuple(term.scaled(part.weight) for part, _, term in terms),
-        bias_tensor=next((module.bias_tensor for _, module in found if module.bias_tensor), None),
-        bias_terms=tuple(term.scaled(part.weight) for part, _, term in biases),
-    )
-    raws = (part.read(f"factors:{name}") for part, names, _ in (*terms, *biases) for name in names)
-    for (name, _), raw in zip(composed.tensors(path), raws, strict=True):
-        package.factors[name] = raw
-    return composed
-
-
-def _with_names(path: str, terms: Iterable[_T]) -> Iterator[tuple[list[str], _T]]:
-    """Each term with the names of its tensors in the factors blob of its own version."""
-    for index, term in enumerate(terms):
-        yield [name for name, _ in term.named(path, index)], term
-
-
-def _full(parts: Sequence[_Part], package: Package) -> dict[str, FullTensor]:
+def _full(parts: Sequence[Part], package: Package, method: str) -> dict[str, FullTensor]:
     full: dict[str, FullTensor] = {}
     for part in parts:
         for name, tensor in part.manifest.replaced().items():
+            if method not in _SUMS:
+                raise Unsupported(
+                    f"{part.input.label} replaces {name!r}, which {method} cannot make an adapter of: merge the "
+                    "expression instead."
+                )
             if name in full or part.weight != 1:
                 raise Unsupported(
-                    f"{part.version} replaces {name!r}: a replaced tensor can be composed only at weight 1 and from "
-                    "one adapter, as its difference to the base is not in the adapter; merge the expression instead."
+                    f"{part.input.label} replaces {name!r}: a replaced tensor can be composed only at weight 1 and "
+                    "from one adapter, as its difference to the base is not in the adapter; merge the expression."
                 )
             full[name] = package.full(part.read(f"full:{name}"), tensor.module)
     return full
 
 
-def _truncated(
-    modules: dict[str, Module], package: Package, rank: int, device: torch.device
-) -> tuple[dict[str, Module], float]:
-    """Each module's terms as one of at most ``rank``; and the relative error over all modules together."""
-    result = {}
-    lost = whole = 0.0
-    for path, module in modules.items():
-        if not module.plain or len(module.view) != 2:
-            raise Unsupported(
-                f"{path!r} is adapted by more than plain LoRA, and has no factors to truncate: merge the expression."
-            )
-        raws = {name: package.factors.pop(name) for name, _ in module.tensors(path)}
-        deltas = [
-            LowRank(
-                tensor_of(raws[f"{path}.lora_B.{index}"]).to(device),
-                tensor_of(raws[f"{path}.lora_A.{index}"]).to(device),
-                term.scale,
-            )
-            for index, term in enumerate(module.terms)
-        ]
-        combined = svd([(1.0, delta) for delta in deltas], rank=rank)
-        lost += (combined.relative_error * combined.norm) ** 2
-        whole += combined.norm**2
-        (delta,) = combined.low_rank
-        A = raw_of(f"{path}.lora_A.0", delta.right.to(torch.float32).cpu())
-        B = raw_of(f"{path}.lora_B.0", delta.left.to(torch.float32).cpu())
-        term = LowRankTerm(delta.rank, None, delta.scale, reference(A), reference(B))
-        result[path] = replace(module, terms=(term,))
-        package.factors.update({A.key: A, B.key: B})
-        package.factors.update({name: raw for name, raw in raws.items() if ".lora_bias." in name})
-    return result, (lost / whole) ** 0.5 if whole else 0.0
-
-
-def _base(parts: Sequence[_Part]) -> BaseReference:
+def _base(parts: Sequence[Part]) -> BaseReference:
     first = parts[0].manifest.base
     touched: dict[str, Digest] = {}
     for part in parts:
@@ -189,31 +153,31 @@ def _base(parts: Sequence[_Part]) -> BaseReference:
     return replace(first, touched=touched)
 
 
-def _ties(parts: Sequence[_Part]) -> dict[str, Tie]:
+def _ties(parts: Sequence[Part]) -> dict[str, Tie]:
     """Tied tensors of all parts. One that some untie and others change as one has no form as one adapter."""
     ties: dict[str, Tie] = {}
     for part in parts:
         for name, tie in part.manifest.ties.items():
             if ties.setdefault(name, tie) != tie:
                 raise Unsupported(
-                    f"{part.version} takes {name!r} as tied to {tie.to!r} and another adapter does not: merge the "
-                    "expression instead."
+                    f"{part.input.label} takes {name!r} as tied to {tie.to!r}, and another adapter does not: merge "
+                    "the expression instead."
                 )
     return ties
 
 
-def _provenance(parts: Sequence[_Part], method: str, rank: int | None) -> Provenance:
-    parameters: dict[str, Any] = {} if rank is None else {"rank": rank}
-    terms = [(part.version.digest, part.weight) for part in parts]
-    recipe = replace(
-        Recipe.of(parts[0].manifest.base.identity.weights_root, terms),
+def _provenance(parts: Sequence[Part], method: str, parameters: Mapping[str, Any]) -> Provenance:
+    dense = methods.METHODS[method].space == "dense"
+    recipe = Recipe.of(
+        parts[0].manifest.base.identity.weights_root,
+        [(part.input.digest, part.weight) for part in parts],
         method=method,
         parameters=parameters,
-        arithmetic=EXACT if method == "linear" else LAPACK,
+        arithmetic=methods.LAPACK if dense else arithmetic_of(method, [part.manifest for part in parts]),
     )
     licenses = {part.manifest.provenance.license for part in parts}
     return Provenance(
-        parents=tuple(sorted({part.version.digest for part in parts})),
+        parents=tuple(sorted({part.input.digest for part in parts})),
         recipe=recipe,
         license=licenses.pop() if len(licenses) == 1 else None,
     )

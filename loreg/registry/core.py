@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -265,6 +265,8 @@ class Registry:
         out: str | Path,
         *,
         base: str | Path | None = None,
+        method: str = "linear",
+        parameters: Mapping[str, Any] | None = None,
         dtype: str | None = None,
         device: str = "cpu",
         verify: str = "probe",
@@ -274,10 +276,13 @@ class Registry:
         """W' = round(W + Σ wᵢΔWᵢ) for every tensor of the base, written to the new directory ``out``.
 
         Each element is the value of the storage dtype nearest to the exact sum (``loreg-exact-1``), whatever
-        the device. ``base``: default is where the adapters' own base is registered. ``dtype``: ``bfloat16``,
-        ``float16`` or ``float32``, for every tensor that is one of these three. ``verify``: ``probe``, ``exact``,
-        ``forward`` or ``none``. ``progress(label, total bytes)`` gives the callback of one stage. Raises
-        BaseMismatch, Conflict, CheckFailed, BadInput; nothing is left at ``out`` then.
+        the device; for adapters with norms or roots, such as DoRA, and other methods, nearest to a float64 value
+        that is itself the same everywhere (``loreg-f64-1``). ``base``: default is where the adapters' own base is
+        registered. ``method`` and ``parameters``: see ``loreg.format.methods``; one that works on factors composes
+        a version first, and merges that. ``dtype``: ``bfloat16``, ``float16`` or ``float32``, for every tensor that
+        is one of these three. ``verify``: ``probe``, ``exact``, ``forward`` or ``none``. ``progress(label, total
+        bytes)`` gives the callback of one stage. Raises BaseMismatch, Conflict, CheckFailed, BadInput, UsageError;
+        nothing is left at ``out`` then.
         """
         from loreg.registry.merging import merge
 
@@ -286,6 +291,8 @@ class Registry:
             expression,
             Path(out),
             base=base,
+            method=method,
+            parameters=parameters or {},
             dtype=dtype,
             device=device,
             verify=verify,
@@ -311,15 +318,19 @@ class Registry:
         device: str = "cpu",
         tags: Iterable[str] = (),
         note: str | None = None,
+        **parameters: Any,
     ) -> Composed:
-        """Store a weighted sum of adapters as a version of ``name``.
+        """Store what a method makes of adapters as a version of ``name``.
 
-        ``linear`` keeps every term and is exact; ``svd`` truncates each module to ``rank`` and reports the
-        relative Frobenius error. Raises BaseMismatch for adapters of different bases, Unsupported, UsageError.
+        ``linear`` keeps every term of the weighted sum and is exact. The others, listed with their ``parameters`` in
+        ``loreg.format.methods``, give one pair of float32 factors per module, of at most ``rank`` or holding
+        ``energy`` of the square norm, and report the relative Frobenius error of that truncation. Raises
+        BaseMismatch for adapters of different bases, Unsupported for what the method does not define, UsageError.
         """
         from loreg.registry.composing import compose
 
-        return compose(self, expression, name, method=method, rank=rank, device=device, tags=tags, note=note)
+        given = {**parameters, **({"rank": rank} if rank is not None else {})}
+        return compose(self, expression, name, method=method, parameters=given, device=device, tags=tags, note=note)
 
     def verify(
         self, subject: str | Path, *, kind: str = "probe", base: str | Path | None = None, advance: Advance = silent

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
-from loreg.errors import BadInput, BaseMismatch, NotFound, Unsupported, UsageError
+from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.format import methods
 from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
@@ -83,6 +85,8 @@ def merge(
     out: Path,
     *,
     base: str | Path | None,
+    method: str,
+    parameters: Mapping[str, Any],
     dtype: str | None,
     device: str,
     verify: str,
@@ -95,13 +99,21 @@ def merge(
     if dtype is not None and dtype.lower() not in _DTYPES:
         raise UsageError(f"{dtype!r} is not an output dtype: expected bfloat16, float16 or float32.")
     target = choose_device(device)
+    full_name, row = methods.method(method)
+    if row.space == "factors" or full_name == "cat":
+        expression = _composed(registry, expression, full_name, parameters, device)
+        full_name, parameters = "linear", {}
+    given = methods.parameters(full_name, parameters)
     adapters = resolve_terms(registry, expression)
+    methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters) or 1)
     stage = progress or (lambda label, total: silent)
     with _base_for(registry, adapters, base, out, stage) as found:
         plan = plan_merge(
             found.checkpoint,
             found.manifest,
             adapters,
+            method=full_name,
+            parameters=given,
             hub=found.hub,
             dtype=_DTYPES[dtype.lower()] if dtype else None,
             allow_mismatch=allow_base_mismatch,
@@ -113,6 +125,18 @@ def merge(
             return run_verification(verify, subject, stage("verifying", plan.nbytes))
 
         return write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
+
+
+def _composed(registry: Registry, expression: str, method: str, parameters: Mapping[str, Any], device: str) -> str:
+    """The expression's factors combined, as a version that the recipe can name by its digest; a reference to it.
+
+    LAPACK does not give the same bits everywhere: what it gave is stored, and the merge of that is reproducible.
+    """
+    from loreg.registry.composing import compose
+
+    name = re.sub(r"[^a-z0-9]+", "-", f"{method} of {expression}".lower()).strip("-")[:128]
+    composed = compose(registry, expression, name, method=method, parameters=parameters, device=device)
+    return f"{name}@{composed.version.digest}"
 
 
 class _Found(NamedTuple):
@@ -169,7 +193,13 @@ def _recorded(
     with scratch(out, f"{root.short}.base") as folder:
         with _recorded(registry, recipe.base, origins, out, stage) as origin:
             plan = plan_merge(
-                origin.checkpoint, origin.manifest, chain, dtype=recipe.dtype, allow_mismatch=recipe.base_mismatch
+                origin.checkpoint,
+                origin.manifest,
+                chain,
+                dtype=recipe.dtype,
+                method=recipe.method,
+                parameters=recipe.parameters,
+                allow_mismatch=recipe.base_mismatch,
             )
             unchecked = Verification("none")
             result = write_merge(
@@ -273,6 +303,8 @@ def _verify_version(registry: Registry, reference: str) -> Verification:
 
 def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank]:
     """See ``Registry.load``."""
+    from loreg.registry.building import factors
+
     target = choose_device(device)
     adapter = adapter_input(registry, version, 1.0)
     deltas = {}
@@ -280,23 +312,6 @@ def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank
         terms = factors(adapter, path, target)
         deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
     return deltas
-
-
-def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[LowRank, ...]:
-    """The low-rank deltas of a module. Raises Unsupported where it is no sum of such alone."""
-
-    def base() -> torch.Tensor:
-        raise Unsupported(
-            f"{adapter.label} changes {path!r} in a way that depends on the base's weight, so it has no factors to "
-            "load: merge it."
-        )
-
-    edit = adapter.weight_edit(path, base, device)
-    if edit.dense:
-        raise Unsupported(
-            f"{adapter.label} changes {path!r} by a dense delta, which has no factors to load: merge it."
-        )
-    return edit.low_rank
 
 
 def same_base(manifests: Sequence[tuple[str, AdapterManifest]]) -> None:

@@ -1,0 +1,235 @@
+"""The modules of a composed version: made of the parts side by side, of their factors, or of their dense deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from loreg.adapters.draft import RawTensor
+from loreg.adapters.folding import raw_of
+from loreg.algebra import factor_space
+from loreg.algebra.delta import LowRank, concatenate
+from loreg.algebra.densify import dense_delta
+from loreg.algebra.rounding import round_to
+from loreg.algebra.truncate import truncate, truncate_dense
+from loreg.checkpoint import StoredTensor
+from loreg.errors import Unsupported
+from loreg.format.manifest import AdapterManifest
+from loreg.format.module import IN_OUT, Module
+from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
+from loreg.merge.combining import Combining
+from loreg.merge.inputs import AdapterInput, values
+from loreg.registry.packing import Package, reference
+
+_T = TypeVar("_T", LowRankTerm | FormTerm, BiasTerm | FormTerm)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A summand: what a merge knows of it, and a reader of its tensors as they are stored."""
+
+    input: AdapterInput
+    read: Callable[[str], RawTensor]
+
+    @property
+    def manifest(self) -> AdapterManifest:
+        return self.input.manifest
+
+    @property
+    def weight(self) -> float:
+        return self.input.weight
+
+
+class Builder(Protocol):
+    """Makes the modules of a composition one by one, putting their tensors in a package.
+
+    ``error`` and ``total``: the squares of the Frobenius norms of what was lost so far, and of all.
+    """
+
+    error: float
+    total: float
+
+    def module(self, path: str) -> Module: ...
+
+
+def of_path(path: str, parts: Sequence[Part]) -> list[tuple[Part, Module]]:
+    """The parts that adapt the module at ``path``, which must agree on what it is. Raises Unsupported."""
+    found = [(part, part.manifest.modules[path]) for part in parts if path in part.manifest.modules]
+    first = found[0][1]
+    for part, module in found:
+        if (module.shape, module.view, module.orientation) != (first.shape, first.view, first.orientation):
+            raise Unsupported(
+                f"{path!r} has shape {list(first.shape)} in one adapter and {list(module.shape)} in "
+                f"{part.input.label}: deltas of different shapes do not add."
+            )
+    return found
+
+
+def _sum_of_biases(path: str, found: Sequence[tuple[Part, Module]], package: Package) -> dict[str, Any]:
+    """The bias of a composed module: the terms of all parts. Its tensors go into ``package``."""
+    terms = [entry for part, module in found for entry in _named(part, path, module.bias_terms)]
+    scaled = tuple(term.scaled(part.weight) for part, _, term in terms)
+    _keep(package, path, scaled, [part.read(f"factors:{name}") for part, names, _ in terms for name in names])
+    tensor = next((module.bias_tensor for _, module in found if module.bias_tensor), None)
+    return {"bias_tensor": tensor, "bias_terms": scaled}
+
+
+def _named(part: Part, path: str, terms: Iterable[_T]) -> Iterator[tuple[Part, list[str], _T]]:
+    """Each term with the names of its tensors in the factors blob of its own version."""
+    for index, term in enumerate(terms):
+        yield part, [name for name, _ in term.named(path, index)], term
+
+
+def _keep(package: Package, path: str, terms: Sequence[_T], raws: Iterable[RawTensor]) -> None:
+    """Put the tensors of ``terms``, in their order, into the package under the names that they have there."""
+    names = (name for index, term in enumerate(terms) for name, _ in term.named(path, index))
+    package.factors.update(zip(names, raws, strict=True))
+
+
+@dataclass
+class SideBySide:
+    """``linear``: the terms of all parts, rank concatenation, with nothing folded and nothing rounded."""
+
+    parts: Sequence[Part]
+    package: Package
+    error: float = 0.0
+    total: float = 0.0
+
+    def module(self, path: str) -> Module:
+        found = of_path(path, self.parts)
+        terms = [entry for part, module in found for entry in _named(part, path, module.terms)]
+        scaled = tuple(term.scaled(part.weight) for part, _, term in terms)
+        _keep(self.package, path, scaled, [part.read(f"factors:{n}") for part, names, _ in terms for n in names])
+        return replace(found[0][1], terms=scaled, **_sum_of_biases(path, found, self.package))
+
+
+@dataclass
+class Factored:
+    """A method of ``algebra.factor_space``: each module's factors become one pair. Biases only where it is a sum."""
+
+    parts: Sequence[Part]
+    package: Package
+    method: str
+    parameters: Mapping[str, Any]
+    device: torch.device
+    error: float = 0.0
+    total: float = 0.0
+
+    def module(self, path: str) -> Module:
+        found = of_path(path, self.parts)
+        biased = [part for part, module in found if module.bias_terms]
+        if biased and self.method not in ("svd", "cat"):
+            raise Unsupported(
+                f"{biased[0].input.label} has a trained bias at {path!r}, for which {self.method} is not defined: "
+                "use linear, svd, or one of the methods on dense deltas."
+            )
+        turned = found[0][1].orientation == IN_OUT
+        given = [(part.weight, self._factors(part, path, turned)) for part in self.parts]
+        whole = {**self.parameters, "rank": None, "energy": None}
+        # The truncated sum is the sum, truncated: what is done here for every method.
+        made = factor_space.METHODS["cat" if self.method == "svd" else self.method](given, whole)
+        delta = self._truncated(made)
+        term = _stored(delta, found[0][1], self.package, path)
+        return replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
+
+    def _truncated(self, deltas: tuple[LowRank, ...]) -> LowRank:
+        rank, energy = self.parameters.get("rank"), self.parameters.get("energy")
+        if rank is None and energy is None:
+            return deltas[0] if len(deltas) == 1 else concatenate(deltas, torch.float64)
+        result = truncate(deltas, rank=None if rank is None else min(rank, *deltas[0].shape), energy=energy)
+        total = float(result.singular_values.square().sum())
+        self.total += total
+        self.error += result.relative_error**2 * total
+        return result.delta
+
+    def _factors(self, part: Part, path: str, turned: bool) -> tuple[LowRank, ...]:
+        if path not in part.manifest.modules:
+            return ()
+        found = factors(part.input, path, self.device)
+        return tuple(delta.mT for delta in found) if turned else found
+
+
+@dataclass
+class Truncating:
+    """A method of ``algebra.elementwise``: each module's dense delta, truncated to the adapter that is nearest.
+
+    ``base``: brings a checkpoint tensor of the base, for adapters that read it.
+    """
+
+    parts: Sequence[Part]
+    package: Package
+    combining: Combining
+    device: torch.device
+    base: Callable[[str], StoredTensor]
+    error: float = 0.0
+    total: float = 0.0
+
+    def module(self, path: str) -> Module:
+        found = of_path(path, self.parts)
+        module = found[0][1]
+        if len(module.view) != 2:
+            raise Unsupported(f"{path!r} is a stack of weights, which has no truncated form: merge the expression.")
+
+        def weight() -> torch.Tensor:
+            return values(self.base(module.tensor)).reshape(module.view).to(self.device)
+
+        edits = [(part.input, part.input.weight_edit(path, weight, self.device)) for part, _ in found]
+        delta = dense_delta(self.combining.combine(module.tensor, module.view, edits, self.device))
+        rank, energy = self.combining.parameters["rank"], self.combining.parameters["energy"]
+        result = truncate_dense(delta.T if module.orientation == IN_OUT else delta, rank=rank, energy=energy)
+        total = float(delta.square().sum())
+        self.total += total
+        self.error += result.relative_error**2 * total
+        biases = [(part.input, m) for part, m in found if m.bias_tensor]
+        extra: dict[str, Any] = {"bias_tensor": None, "bias_terms": ()}
+        if biases:
+            extra = self._bias(path, biases[0][1], [adapter for adapter, _ in biases])
+        return replace(module, terms=(_stored(result.delta, module, self.package, path),), **extra)
+
+    def _bias(self, path: str, module: Module, adapters: Sequence[AdapterInput]) -> dict[str, Any]:
+        name = module.bias_tensor or ""
+
+        def bias() -> torch.Tensor:
+            return values(self.base(name)).to(self.device)
+
+        edits = [(adapter, adapter.bias_edit(path, bias, self.device)) for adapter in adapters]
+        made = dense_delta(self.combining.combine(name, (module.out_features,), edits, self.device))
+        raw = raw_of(f"{path}.lora_bias.0", round_to(made, torch.float32).cpu())
+        self.package.factors[raw.key] = raw
+        return {"bias_tensor": name, "bias_terms": (BiasTerm(1.0, reference(raw)),)}
+
+
+def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[LowRank, ...]:
+    """The low-rank deltas of a module, unweighted. Raises Unsupported where it is no sum of such alone."""
+
+    def base() -> torch.Tensor:
+        raise Unsupported(
+            f"{adapter.label} changes {path!r} in a way that depends on the base's weight (DoRA, a rotation, "
+            "replaced rows), so it has no factors: merge it, or use a method on dense deltas."
+        )
+
+    edit = adapter.weight_edit(path, base, device)
+    if edit.dense or len(edit.shape or ()) != 2:
+        raise Unsupported(f"{adapter.label} changes {path!r} by more than one product of factors: merge it.")
+    return edit.low_rank
+
+
+def _stored(delta: LowRank, module: Module, package: Package, path: str) -> LowRankTerm | FormTerm:
+    """A delta in module orientation as a term with float32 factors and its own scale; they go into ``package``."""
+    A, B = (raw_of(f"{path}.lora_{part}.0", _single(x)) for part, x in (("A", delta.right), ("B", delta.left)))
+    if module.stored is None:
+        term: LowRankTerm | FormTerm = LowRankTerm(delta.rank, None, delta.scale, reference(A), reference(B))
+    else:
+        tensors = {"A": reference(A), "B": reference(B)}
+        term = FormTerm("lora", delta.rank, None, delta.scale, 1.0, tensors, {"groups": 1})
+    _keep(package, path, [term], [A, B])
+    return term
+
+
+def _single(factor: torch.Tensor) -> torch.Tensor:
+    """Float32, unless it is narrower already; on the CPU, row-major."""
+    narrow = factor if factor.dtype != torch.float64 else round_to(factor, torch.float32)
+    return narrow.cpu().contiguous()
