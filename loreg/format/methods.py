@@ -348,8 +348,8 @@ def parameters(name: str, given: Mapping[str, Any], truncated: bool = False) -> 
 def read(name: str, fields: Fields, truncated: bool = False) -> dict[str, Any]:
     """The parameters of the method with the full name ``name`` from an object with all, as a recipe has them.
 
-    ``truncated``: what a dense method gives is truncated to be an adapter, and ``rank`` and ``energy`` say how. Raises
-    BadInput for a parameter that is missing, unknown or wrong [R3]. ``name`` is a key of METHODS.
+    ``truncated``: what a dense method gives is truncated to be an adapter, and ``rank`` and ``energy`` say how.
+    Raises BadInput for a parameter that is missing, unknown or wrong [R3]. ``name`` is a key of METHODS.
     """
     rows = [METHODS[name]]
     values: dict[str, Any] = {}

@@ -8,7 +8,8 @@ from loreg.algebra.delta import concatenate
 from loreg.format.module import IN_OUT
 from loreg.registry import Registry
 from loreg.registry import open as open_registry
-from loreg.registry.merging import adapter_input, choose_device, factors
+from loreg.registry.building import factors
+from loreg.registry.merging import adapter_input, choose_device
 
 
 def load(
