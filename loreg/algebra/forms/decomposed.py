@@ -40,13 +40,15 @@ def decompose(edit: WeightedSum, W: Tensor, magnitude: Tensor, axis: str, epsilo
     The paper's norm "of columns" is that of rows here, as it writes the weight (in, out). The bias is left as it
     is: PEFT's forward takes it off the result before it scales, and adds it after.
 
-    *Order.* D as :func:`~loreg.algebra.densify.dense_delta` sums it; V = fl(W + D); the norm is the square root
-    of the folded sum (:func:`~loreg.algebra.ordered.total`) of fl(V²) over a group's elements in row-major
-    order, to which ε is added; then fl(m / norm), then its product with V.
+    *Order.* D as :func:`~loreg.algebra.densify.dense_delta` sums it; V = fl(W + D); the norm is the root
+    (:func:`~loreg.algebra.roots.square_root`) of the folded sum (:func:`~loreg.algebra.ordered.total`) of fl(V²)
+    over a group's elements in row-major order, to which ε is added; then fl(m / norm), then its product with V.
 
     The result is (W', -W), W' in float64: at an outer weight of 1 each merged element is W' rounded once. At w it
     is W + w·(W' - W); LyCORIS' multiplier makes V + w·(W' - V) of it. With D = 0, W' is W bit for bit where m is
     the norm as computed here; else it is off by m's own relative error, as of an m that was computed in float32.
+    Several of these add up as W + Σ(W'ᵢ - W), in any order. PEFT, with several adapters active, takes them in turn,
+    W₂ = f₂∘(f₁∘(W + D₁) + D₂) with f of the unmerged W (peft#3608): that is no sum and hangs on their order.
 
     Needs one float64 copy of the weight and about 40 MiB. Raises BadInput for another number of magnitudes and
     where a norm is zero, Unsupported for a weight that is not a matrix.
