@@ -139,7 +139,7 @@ class Factored:
         rank, energy = self.parameters.get("rank"), self.parameters.get("energy")
         if rank is None and energy is None:
             return deltas[0] if len(deltas) == 1 else concatenate(deltas, torch.float64)
-        result = truncate(deltas, rank=None if rank is None else min(rank, *deltas[0].shape), energy=energy)
+        result = truncate(deltas, rank=rank, energy=energy)
         total = float(result.singular_values.square().sum())
         self.total += total
         self.error += result.relative_error**2 * total

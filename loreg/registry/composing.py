@@ -10,11 +10,11 @@ from typing import Any
 
 from loreg.checkpoint import StoredTensor
 from loreg.digest import Digest
-from loreg.errors import NotFound, Unsupported, UsageError
+from loreg.errors import BadInput, NotFound, Unsupported, UsageError
 from loreg.format import methods
 from loreg.format.base import BaseReference
 from loreg.format.manifest import Provenance, Tie
-from loreg.format.module import FullTensor
+from loreg.format.module import FullTensor, Module
 from loreg.format.recipe import Recipe
 from loreg.format.reference import check_name, check_tag, format_weight, parse_expression
 from loreg.merge.combining import Combining, arithmetic_of
@@ -76,12 +76,19 @@ def compose(
         builder = Truncating(parts, package, combining, target, BaseTensors(registry, parts))
     else:
         builder = Factored(parts, package, full_name, given, target)
-    modules = {path: builder.module(path) for path in _paths(parts)}
+    modules = {path: _built(builder, path) for path in _paths(parts)}
     full = _full(parts, package, full_name)
     provenance = _provenance(parts, full_name, given)
     manifest, blobs = package.finish(_base(parts), modules, full, None, provenance, _ties(parts))
     error = math.sqrt(builder.error / builder.total) if builder.total else 0.0
     return Composed(registry.commit_version(name, manifest, blobs, wanted, note), full_name, error)
+
+
+def _built(builder: Builder, path: str) -> Module:
+    try:
+        return builder.module(path)
+    except (BadInput, UsageError) as error:
+        raise type(error)(f"Module {path!r}: {error}") from error
 
 
 def part_of(registry: Registry, version: Version, weight: float) -> Part:

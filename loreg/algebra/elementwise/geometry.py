@@ -21,6 +21,7 @@ from loreg.algebra.elementwise import scalars
 from loreg.algebra.elementwise.deltas import Deltas, added, blocks, combination, divided, in_order
 from loreg.algebra.elementwise.scalars import Real, real
 from loreg.algebra.ordered import dot, total
+from loreg.algebra.roots import square_root
 from loreg.errors import BadInput, UsageError
 
 _NEARLY_PARALLEL = 0.9995  # mergekit's dot_threshold
@@ -144,7 +145,7 @@ def model_stock(deltas: Deltas, parameters: Mapping[str, Any]) -> Tensor:
     if k < 2:
         raise UsageError("model_stock needs the angle between at least two deltas, found 1: name more adapters.")
     matrices = deltas.rows() if parameters["filter_wise"] else tuple(x.view(1, -1) for x in deltas.flat())
-    norms = [total(x * x, 1).sqrt_() for x in matrices]
+    norms = [square_root(total(x * x, 1)) for x in matrices]
     cosines = []
     for i in range(k):
         for j in range(i + 1, k):

@@ -1,0 +1,155 @@
+"""Laws that every method keeps, through the whole of a merge: disk to disk, with the recipe that it leaves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import loreg
+from loreg.errors import UsageError
+from loreg.format.methods import METHODS
+
+Q, V = tiny.Q, tiny.V
+NAMES = ("sql", "humor", "code")
+PARAMETERS = {name: {"density": 0.5} for name, row in METHODS.items() if "density" in row.parameters}
+DENSE = [name for name, row in METHODS.items() if row.space == "dense"]
+FACTORS = [name for name, row in METHODS.items() if row.space == "factors" or name == "cat"]
+# One adapter alone, at weight 1 and with every element kept, is itself; what the others do is in their definitions.
+IDENTITY = ["linear", *(name for name in DENSE if METHODS[name].adapters[0] == 1)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loreg.Registry]:
+    """A base in bfloat16, and three adapters that overlap in part: ``code`` adapts V alone."""
+    folder = tmp_path_factory.mktemp("methods")
+    rng = np.random.default_rng(7)
+    model = {f"{Q}.weight": tiny.normal(rng, "BF16", 12, 20), f"{V}.weight": tiny.normal(rng, "BF16", 9, 9)}
+    tiny.write_model(folder / "base", model)
+    with loreg.open(folder / "home") as registry:
+        registry.add_base(folder / "base", "base")
+        for name, rank in zip(NAMES, (3, 2, 2), strict=True):
+            modules = {V: tiny.factors(rng, 9, 9, rank)}
+            if name != "code":
+                modules[Q] = tiny.factors(rng, 12, 20, rank)
+            registry.push(tiny.write_adapter(folder / name, modules), base="base", name=name)
+        yield registry
+
+
+@pytest.fixture
+def merge(world: loreg.Registry, tmp_path: Path) -> Iterator[object]:
+    serial = itertools.count()
+
+    def merged(expression: str, method: str, **parameters: object) -> str:
+        given = {**PARAMETERS.get(method, {}), **parameters}
+        out = tmp_path / f"out{next(serial)}"
+        result = world.merge(expression, out, method=method, parameters=given, verify="exact")
+        assert world.unmerge(out, tmp_path / f"back{next(serial)}").matches_base
+        return str(result.weights_root)
+
+    yield merged
+
+
+def names_for(method: str) -> tuple[str, ...]:
+    return NAMES[: METHODS[method].adapters[1] or 3]
+
+
+@pytest.mark.parametrize("method", ["linear", *DENSE])
+def test_the_order_of_the_terms_does_not_show(merge, method: str) -> None:
+    terms = [f"{weight}*{name}" for weight, name in zip((0.7, 0.4, 1.2), names_for(method), strict=False)]
+    assert len({merge("+".join(order), method) for order in (terms, terms[::-1], terms[1:] + terms[:1])}) == 1
+
+
+@pytest.mark.parametrize("method", ["linear", *DENSE])
+def test_weight_zero_removes_a_term(merge, method: str) -> None:
+    first, second, *rest = names_for(method)
+    others = "".join(f"+0*{name}" for name in (*rest, "code" if not rest else first))
+    assert merge(f"{first}+{second}{others}", method) == merge(f"{first}+{second}", method)
+
+
+@pytest.mark.parametrize("method", IDENTITY)
+def test_one_adapter_is_itself(merge, method: str) -> None:
+    whole = {"density": 1.0} if method in PARAMETERS else {}
+    whole |= {"gamma": 0.0} if "gamma" in METHODS[method].parameters else {}
+    assert merge("sql", method, **whole) == merge("sql", "linear")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties:mergekit", "della", "breadcrumbs", "dare_ties:mergekit"])
+def test_lambda_scales_what_is_added(merge, method: str) -> None:
+    # A power of two, so that nothing rounds differently.
+    doubled = merge("sql+humor+code", method, **{"lambda": 2.0})
+    assert doubled != merge("sql+humor+code", method)
+    assert (
+        doubled == merge("2*sql+2*humor+2*code", method, normalize=False)
+        or METHODS[method].parameters["normalize"].default
+    )
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_threads_and_tiles_do_not_show(merge, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expression = "+".join(names_for(method))
+    threads, found = torch.get_num_threads(), set()
+    for count, tile in ((1, 1 << 20), (2, 40), (2, 1 << 20)):
+        monkeypatch.setattr("loreg.merge.execute.TILE_ELEMENTS", tile)
+        monkeypatch.setattr("loreg.algebra.ordered._BLOCK_ELEMENTS", tile)
+        torch.set_num_threads(count)
+        try:
+            found.add(merge(expression, method))
+        finally:
+            torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("method", [name for name in DENSE if "seed" in METHODS[name].parameters])
+def test_the_seed_is_in_the_recipe_and_decides_the_mask(world: loreg.Registry, merge, method: str, tmp_path) -> None:
+    assert merge("sql+humor", method, seed=1) == merge("sql+humor", method, seed=1)
+    assert merge("sql+humor", method, seed=1) != merge("sql+humor", method, seed=2)
+    result = world.merge("sql+humor", tmp_path / "seeded", method=method, parameters={"density": 0.5, "seed": 5})
+    assert result.record.recipe.parameters["seed"] == 5
+
+
+@pytest.mark.parametrize("method", FACTORS)
+def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Registry, method: str) -> None:
+    if method == "peft_linear":
+        terms = ["0.5*humor", "0.25*humor"]  # it asks for equal ranks and equal modules
+    else:
+        terms = ["0.7*sql", "0.4*humor"]
+    parameters = {"rank": 3} if "rank" in METHODS[method].parameters else {}
+    found = [world.compose(" + ".join(order), "both", method=method, **parameters) for order in (terms, terms[::-1])]
+    assert found[0].version.digest == found[1].version.digest
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_a_dense_method_is_composed_by_truncation(world: loreg.Registry, merge, method: str) -> None:
+    # At the full rank nothing is lost but what float32 factors round.
+    expression = "+".join(names_for(method))
+    composed = world.compose(expression, "whole", method=method, energy=1.0, **PARAMETERS.get(method, {}))
+    assert composed.relative_error < 1e-6
+    assert composed.version.manifest.provenance.recipe.arithmetic == "float64-lapack"
+    truncated = world.compose(expression, "part", method=method, rank=1, **PARAMETERS.get(method, {}))
+    assert truncated.relative_error > 0.1 and truncated.version.manifest.rank == 1
+
+
+def test_refusals_name_what_is_wrong(world: loreg.Registry, merge) -> None:
+    for method, parameters, message in (
+        ("tie", {}, "there is no method 'tie': choose one of .*ties:peft"),
+        ("ties", {"density": 0.0}, "density: expected a number above 0 and at most 1, found 0"),
+        ("ties", {"density": 1.1}, "density: expected a number above 0 and at most 1, found 1.1"),
+        ("ties", {"densty": 0.5}, "has no parameter 'densty'"),
+        ("slerp", {}, "takes exactly 2 adapters"),
+        ("magnitude_prune", {}, "needs the parameter 'density'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            world.merge("sql+humor+code", "/nonexistent/out", method=method, parameters=parameters)
+    with pytest.raises(UsageError, match="neither rank nor energy"):
+        world.compose("sql+humor", "x", method="ties")
+    for method in ("svd", "ties"):
+        with pytest.raises(UsageError, match="svd.rank|ties:mergekit.rank"):
+            world.compose("sql+humor", "x", method=method, rank=0)
+        with pytest.raises(UsageError, match="v_proj.*rank 10 is out of range"):
+            world.compose("sql+humor", "x", method=method, rank=10)
