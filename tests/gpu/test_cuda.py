@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loreg.algebra import elementwise
 from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.edits import WeightedSum
+from loreg.algebra.forms import Term, edit_of
+from loreg.format import methods
 from loreg.tensors import to_memory
+from tests.unit.form_cases import CASES, Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,3 +35,41 @@ def test_same_bytes_on_cuda(dtype: torch.dtype, factors: torch.dtype) -> None:
     edit = WeightedSum(tuple(terms), (Dense(normal(1024, 768, size=0.001).to(dtype), 0.5),))
     there = edit.to("cuda").apply(W.cuda()).cpu()
     assert bytes(to_memory(there)) == bytes(to_memory(edit.apply(W)))
+
+
+def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", sorted(elementwise.METHODS))
+def test_methods_give_the_same_bits_on_cuda(method: str) -> None:
+    row = methods.METHODS[method]
+    parameters = methods.parameters(method, {"density": 0.6} if "density" in row.parameters else {})
+    count = row.adapters[1] or 3
+    values = tuple(_normal(96, 130, seed=seed) for seed in range(count))
+    given = values, (0.7, 1.2, 0.4)[:count], (11, 12, 13)[:count]
+    here = elementwise.METHODS[method](elementwise.Deltas(*given), parameters)
+    there = elementwise.METHODS[method](
+        elementwise.Deltas(tuple(value.cuda() for value in values), *given[1:]), parameters
+    )
+    assert bytes(to_memory(there.cpu())) == bytes(to_memory(here))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.form)
+def test_forms_give_the_same_bytes_on_cuda(case: Case) -> None:
+    shape = (case.parameters["experts"], *case.out_in) if case.form == "lora_experts" else case.out_in
+    W = (_normal(*shape, seed=9) * 0.05).to(torch.bfloat16)
+    tensors = {role: _normal(*size, seed=i).float() for i, (role, size) in enumerate(sorted(case.shapes.items()))}
+
+    def merged(device: str) -> bytes:
+        weight = W.to(device)
+        term = Term(
+            {role: tensor.to(device) for role, tensor in tensors.items()},
+            case.parameters,
+            0.5,
+            case.out_in,
+            lambda: weight,
+        )
+        return bytes(to_memory(edit_of(case.form, term).apply(weight).cpu()))
+
+    assert merged("cuda") == merged("cpu")
