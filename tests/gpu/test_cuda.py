@@ -55,7 +55,7 @@ def test_methods_give_the_same_bits_on_cuda(method: str) -> None:
     assert bytes(to_memory(there.cpu())) == bytes(to_memory(here))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.form)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_forms_give_the_same_bytes_on_cuda(case: Case) -> None:
     shape = (case.parameters["experts"], *case.out_in) if case.form == "lora_experts" else case.out_in
     W = (_normal(*shape, seed=9) * 0.05).to(torch.bfloat16)
