@@ -27,6 +27,8 @@ TORCH: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loreg.algebra.rounding import STORAGE_DTYPES, round_to
+from loreg.algebra.rounding import STORAGE_DTYPES, finite, round_to
 from loreg.errors import BadInput, Unsupported
 
 FACTOR_DTYPES = (*STORAGE_DTYPES, torch.float64)
@@ -27,7 +27,7 @@ def _check_values(name: str, tensor: Tensor) -> None:
             f"the {name} of a delta has dtype {tensor.dtype}, expected one of "
             f"{', '.join(map(str, FACTOR_DTYPES))}: convert it first."
         )
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(finite(tensor).all()):
         raise BadInput(f"the {name} of a delta holds NaN or infinity: the adapter is damaged or diverged.")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank
 from loreg.algebra.exact import SAFE, Doubles, exact_sum
-from loreg.algebra.rounding import Screen, bits, check_storage, round_to
+from loreg.algebra.rounding import Screen, bits, check_storage, finite, round_to, widen
 from loreg.errors import BadInput, Unsupported
 
 BLOCK_ELEMENTS = 2**18
@@ -42,6 +42,11 @@ def _in_safe_range(x: Tensor) -> bool:
 def _as_rows(x: Tensor) -> Tensor:
     """A vector as a matrix of one column, so that both are cut by rows."""
     return x[:, None] if x.ndim == 1 else x
+
+
+def _addable(x: Tensor) -> Tensor:
+    """The same values in a dtype that torch can add and compare, which it cannot in float8."""
+    return x.float() if x.dtype.itemsize == 1 else x
 
 
 def _largest(x: Tensor) -> float:
@@ -201,7 +206,7 @@ class Prepared:
         if not all(_in_safe_range(tensor) for tensor in tensors):
             return math.inf
         left, right = torch.linalg.vector_norm(self._left, dim=1), torch.linalg.vector_norm(self._right, dim=0)
-        spread = sum(abs(term.scale) * _largest(term.value.abs()) for term in dense)
+        spread = sum(abs(term.scale) * _largest(_addable(term.value).abs()) for term in dense)
         return spread + _largest(left) * _largest(right)
 
     @torch.no_grad()
@@ -240,19 +245,18 @@ class Prepared:
     def _convert(self, W: Tensor, first: int, out: Tensor) -> _Candidates:
         """One block, rows from ``first`` on, in float64 and by one conversion; what that leaves in doubt."""
         span = slice(first, first + W.shape[0])
-        acc, carried = (x[: W.numel()].view(W.shape) for x in (self._acc, self._screen.carried))
-        acc.copy_(W)
+        acc = self._acc[: W.numel()].view(W.shape)
+        widen(W, acc)
         if self._edit.low_rank:
             acc.addmm_(self._left[span], self._right)
         for term in self._edit.dense:
-            acc.add_(_as_rows(term.value)[span], alpha=term.scale)
-        if carried.dtype != acc.dtype:
-            carried.copy_(acc)
+            acc.add_(_addable(_as_rows(term.value)[span]), alpha=term.scale)
+        self._screen.carry(acc)
         index = self._screen.candidates(W.numel())
         rows, columns = index // W.shape[1], index % W.shape[1]
         # W's own values are taken here, as out may be W.
         found = _Candidates(rows + first, columns, acc[rows, columns], W[rows, columns])
-        out.copy_(carried)
+        self._screen.store(acc, out)
         return found
 
     def _settle(self, found: _Candidates, row_start: int, out: Tensor) -> int:
@@ -261,7 +265,7 @@ class Prepared:
         # 2^-51 and the third ηS pay for the rounding of the two ends themselves.
         margin = (self._eta + 2.0**-51) * near.abs() + 3 * self._eta * self._spread
         values, other = (round_to(near + side, self._dtypes[1]) for side in (-margin, margin))
-        open_ = (bits(values) != bits(other)) | ~values.isfinite() | (near == 0)
+        open_ = (bits(values) != bits(other)) | ~finite(values) | (near == 0)
         index = open_.nonzero()[:, 0]
         step = max(1, _EXACT_TERMS // (2 + 2 * len(self._edit.dense) + 4 * self._left.shape[1]))
         for start in range(0, index.numel(), step):
@@ -280,7 +284,7 @@ class Prepared:
         odd = torch.from_numpy(exact_sum(weight.numpy(), dense, low_rank))
         signed = torch.where(odd != 0, odd, torch.where(weight == 0, weight, 0.0))
         values = round_to(signed, self._dtypes[1])
-        self._refuse(values.isinf(), found, f"exceeds the largest finite {self._dtypes[1]}")
+        self._refuse(~finite(values), found, f"exceeds the largest finite {self._dtypes[1]}")
         return values.to(W.device)
 
     def _refuse(self, wrong: Tensor, found: _Candidates, what: str) -> None:

@@ -16,14 +16,18 @@ from torch import Tensor
 
 from loreg.errors import Unsupported
 
-STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes of weights that loreg writes."""
 
 _BITS = {
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
 }
+
+_E4M3_THRESHOLD = 464.0  # halfway from the largest value, 448, to the next step, which is NaN
 
 
 def check_storage(dtype: torch.dtype) -> None:
@@ -38,11 +42,35 @@ def bits(x: Tensor) -> Tensor:
     return x.view(_BITS[x.dtype])
 
 
+def finite(x: Tensor) -> Tensor:
+    """bool, the shape of ``x``, of any floating dtype: neither NaN nor infinite. float8_e4m3fn has no infinity."""
+    if x.dtype == torch.float8_e4m3fn:  # for which torch has no isfinite
+        return bits(x).bitwise_and(127) != 127
+    return x.isfinite()
+
+
+def widen(x: Tensor, out: Tensor) -> None:
+    """The values of ``x``, exactly, into ``out``: float64, of the same shape and device.
+
+    float8_e4m3fn goes by way of float16, where its bits shifted by seven places are 2⁻⁸ of the value, subnormals
+    included: a third of the time of torch's own conversion. Only NaN is no number there.
+    """
+    if x.dtype != torch.float8_e4m3fn or not x.numel() or int(x.view(torch.uint8).bitwise_and(127).amax()) == 127:
+        out.copy_(x)
+        return
+    word = bits(x).to(torch.int16).mul_(2**7).bitwise_and_(~(1 << 14))
+    out.copy_(word.view(torch.float16)).mul_(2.0**8)
+
+
 def round_to(acc: Tensor, dtype: torch.dtype) -> Tensor:
     """``acc`` (float64, any shape, any device) rounded once to ``dtype``: to nearest, ties to even.
 
     Beyond the largest finite value the result is an infinity, as IEEE 754 has it: the caller decides what
-    that means. Signs of zeros are kept. For the 16-bit dtypes float64 is first rounded *to odd* in float32:
+    that means. float8_e4m3fn has none: there it is NaN, from the next step on: 464, halfway to it, is 448, whose
+    last bit is even (OCP 8-bit Floating Point Specification, rev. 1.0, 5.2.1). torch's own conversion makes
+    448 of it and of anything larger, silently. Signs of zeros are kept.
+
+    For dtypes of fewer than 32 bits float64 is first rounded *to odd* in float32:
     an inexact result takes the neighbour with an odd last bit, which can be no midpoint of a narrower format,
     so the second rounding sees on which side the value was (Boldo & Melquiond, "Emulation of FMA and
     correctly rounded sums: proved algorithms using rounding to odd", IEEE TC 57(4), 2008).
@@ -56,7 +84,10 @@ def round_to(acc: Tensor, dtype: torch.dtype) -> Tensor:
     back, word = near.double(), near.view(torch.int32)
     towards = torch.where(acc.abs() > back.abs(), 1, -1)
     fix = (back != acc) & (word & 1 == 0) & ~acc.isnan()
-    return torch.where(fix, word + towards, word).to(torch.int32).view(torch.float32).to(dtype)
+    odd = torch.where(fix, word + towards, word).to(torch.int32).view(torch.float32)
+    if dtype == torch.float8_e4m3fn:
+        odd = torch.where(odd.abs() > _E4M3_THRESHOLD, math.nan, odd)
+    return odd.to(dtype)
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -94,7 +125,9 @@ def half_ulp(x: Tensor) -> Tensor:
     largest finite value the spacing below it, by which IEEE 754 sets the threshold of overflow.
     """
     largest = bits(torch.tensor(torch.finfo(x.dtype).max, dtype=x.dtype, device=x.device))
-    here = torch.minimum(bits(x.abs()), largest - 1)
+    # Not x.abs(): of a float8 -0.0 torch makes -0.0.
+    magnitude = bits(x).bitwise_and(2 ** (8 * x.element_size() - 1) - 1)
+    here = torch.minimum(magnitude, largest - 1)
     return ((here + 1).view(x.dtype).double() - here.view(x.dtype).double()) / 2
 
 
@@ -103,20 +136,26 @@ class _Carrier:
     """How a result in float64 travels to a storage dtype, and where its rounding boundaries show.
 
     ``low`` bits at the end of a word of ``dtype`` lie beyond the storage dtype's last place: a boundary has
-    there a one and then zeros. ``floor``: below it that pattern does not hold, as spacing stops shrinking.
+    there a one and then zeros. ``view``: the integer dtype in which words are tested, half as wide as a word if
+    ``low`` bits fit into it. ``floor``: below it that pattern does not hold, as spacing stops shrinking.
     ``reach``: where the error of the accumulation is at most 2^-reach of the result, every doubtful element
-    lies within ``slack`` words of a boundary.
+    lies within ``slack`` words of a boundary. ``scale``: a power of two by which results are multiplied on the
+    way. It takes the smallest normal float8 to the smallest normal float32, so that both run out of exponents
+    at one place, and the pattern holds down to zero: half the weights of a model are subnormal in float8.
     """
 
     dtype: torch.dtype
-    half: torch.dtype
+    view: torch.dtype
     low: int
     floor: float
     reach: int
     slack: int
+    scale: float = 1.0
 
 
 _CARRIERS = {
+    torch.float8_e4m3fn: _Carrier(torch.float32, torch.int32, 20, floor=0.0, reach=27, slack=0, scale=2.0**-120),
+    torch.float8_e5m2: _Carrier(torch.float32, torch.int32, 21, floor=0.0, reach=27, slack=0, scale=2.0**-112),
     torch.bfloat16: _Carrier(torch.float32, torch.int16, low=16, floor=2.0**-126, reach=27, slack=0),
     torch.float16: _Carrier(torch.float32, torch.int16, low=13, floor=2.0**-14, reach=27, slack=0),
     torch.float32: _Carrier(torch.float64, torch.int32, low=29, floor=2.0**-126, reach=36, slack=2**17),
@@ -144,15 +183,18 @@ class Screen:
     2⁻²⁶|a|; so where δ ≤ 2⁻²⁷|a| there is f = m. *Carrier float64.* |a - m| ≤ δ ≤ 2⁻³⁶|a| is at most
     2¹⁷ = slack float64 words, and no power of two lies between. Both bounds are met where η ≤ 2^-(reach+1)
     and |a| ≥ 2^(reach+2)·η·S =: τ. What is below τ, or below ``floor``, or at the largest finite value and
-    beyond (NaN included) is doubtful whatever its last bits.
+    beyond (NaN included) is doubtful whatever its last bits. *Scaled float32.* The same, where f is normal; a
+    subnormal f has the spacing of the smallest normal, which is more, and more than 2⁻²⁷|a| all the more. What
+    is stored is a rounded to float32 unscaled: on m only if f is, as that spacing is no wider.
 
     Comparing every element is the slow way (a boolean pass costs torch more than the conversion itself).
     Instead each word is seen as its two halves, and each half mapped by one wrapping multiply-add to a key,
     such that the doubtful are the smallest keys: the low half by shifting out what is stored, the high half
     by shifting out the sign and turning [overflow … NaN] and [0 … τ], adjacent modulo 2^width, to the
-    bottom. A minimum over each of ``WIDTH`` columns then says where to look: about one in a thousand.
+    bottom. A minimum over each of ``WIDTH`` columns then says where to look: about one in a thousand. Where
+    the last bits do not fit into half a word (float8) both keys are made from the whole of it.
 
-    Holds the workspace ``carried`` for ``size`` elements or somewhat more; not for two threads at once.
+    Holds a workspace for ``size`` elements or somewhat more, ``carried``; not for two threads at once.
     """
 
     WIDTH = 8192
@@ -161,36 +203,61 @@ class Screen:
         check_storage(dtype)
         carrier = _CARRIERS[dtype]
         rows = -(-size // self.WIDTH)
+        self._scale = carrier.scale
+        self._whole = carrier.view.itemsize == carrier.dtype.itemsize
         self.carried = torch.zeros(rows * self.WIDTH, dtype=carrier.dtype, device=device)
-        self._keys = torch.empty(rows, 2 * self.WIDTH, dtype=carrier.half, device=device)
-        width = 8 * carrier.half.itemsize
+        self._keys = torch.empty(rows, 2 * self.WIDTH, dtype=carrier.view, device=device)
+        width = 8 * carrier.view.itemsize
         bottom, modulus = -(2 ** (width - 1)), 2**width
         # 2^-20 covers the rounding of τ itself, of f against a, and of the norms that S came from.
         tau = max(carrier.floor, 2.0 ** (carrier.reach + 2) * eta * spread * (1 + 2.0**-20))
         if not eta <= 2.0 ** -(carrier.reach + 1) or math.isnan(tau):
             tau = math.inf
-        tiny = _word(carrier.dtype, tau) >> width
-        top = _word(carrier.dtype, torch.finfo(dtype).max) >> width
+        cut = 8 * carrier.dtype.itemsize - width
+        tiny = _word(carrier.dtype, tau * carrier.scale) >> cut
+        top = _word(carrier.dtype, torch.finfo(dtype).max * carrier.scale) >> cut
         shift = 2 ** (width - carrier.low)
         low = (shift, shift * carrier.slack, bottom + 2 * shift * carrier.slack)
         wrapped = modulus - 2 * top
         high = (2, bottom + wrapped, min(bottom + wrapped + 2 * tiny, -bottom - 1))
-        halves = (low, high) if sys.byteorder == "little" else (high, low)
+        tests = (low, high) if sys.byteorder == "little" else (high, low)
 
-        def per_half(index: int) -> Tensor:
-            return torch.tensor([half[index] for half in halves], dtype=carrier.half, device=device)
+        def per_key(index: int) -> Tensor:
+            pair = torch.tensor([test[index] for test in tests], dtype=carrier.view, device=device)
+            return pair[:, None].repeat(1, self.WIDTH) if self._whole else pair.repeat(self.WIDTH)
 
-        self._factor, self._offset, self._limit = (per_half(i).repeat(self.WIDTH) for i in range(3))
+        self._factor, self._offset, self._limit = (per_key(i) for i in range(3))
+
+    def carry(self, acc: Tensor) -> None:
+        """Take up float64 results, from the first place on. ``acc`` may be ``carried`` itself, if that is float64."""
+        target = self.carried[: acc.numel()].view(acc.shape)
+        if self._scale != 1.0:
+            torch.mul(acc, self._scale, out=target)
+        elif target.data_ptr() != acc.data_ptr():
+            target.copy_(acc)
+
+    def store(self, acc: Tensor, out: Tensor) -> None:
+        """What was carried, of which ``acc`` is the float64, converted once into ``out``, of the screen's dtype.
+
+        Elements that are candidates may be wrong, and some of them beyond the largest finite value, silently.
+        """
+        out.copy_(acc if self._scale != 1.0 else self.carried[: acc.numel()].view(acc.shape))
 
     def candidates(self, size: int) -> Tensor:
         """Indices (1-D, int64) of the doubtful among the first ``size`` elements of ``carried``."""
         rows = -(-size // self.WIDTH)
-        words = self.carried[: rows * self.WIDTH].view(self._keys.dtype).view(rows, -1)
-        keys = self._keys[:rows]
-        torch.addcmul(self._offset, words, self._factor, out=keys)
-        columns = _either_half(keys.amin(0) <= self._limit).nonzero()[:, 0]
-        pairs = keys.view(rows, -1, 2)[:, columns]
-        hits = _either_half(pairs <= self._limit[:2]).nonzero()
+        words = self.carried[: rows * self.WIDTH].view(self._keys.dtype)
+        if self._whole:
+            keys = self._keys[:rows].view(rows, 2, self.WIDTH)
+            torch.addcmul(self._offset, words.view(rows, 1, self.WIDTH), self._factor, out=keys)
+            columns = (keys.amin(0) <= self._limit).any(0).nonzero()[:, 0]
+            hits = (keys[:, :, columns] <= self._limit[:, :1]).any(1).nonzero()
+        else:
+            keys = self._keys[:rows]
+            torch.addcmul(self._offset, words.view(rows, -1), self._factor, out=keys)
+            columns = _either_half(keys.amin(0) <= self._limit).nonzero()[:, 0]
+            pairs = keys.view(rows, -1, 2)[:, columns]
+            hits = _either_half(pairs <= self._limit[:2]).nonzero()
         index = hits[:, 0] * self.WIDTH + columns[hits[:, 1]]
         return index[index < size]  # beyond it there is what an earlier, larger block left
 

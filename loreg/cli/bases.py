@@ -24,16 +24,23 @@ def base() -> None:
 @click.argument("source", metavar="PATH|HUB_ID")
 @click.option("--name", metavar="N", help="What to call it. [default: after its directory or repository]")
 @click.option("--revision", metavar="R", help="Branch, tag or commit on the Hub.")
+@click.option(
+    "--dequantize",
+    metavar="DIR",
+    help="Write the 16-bit model of a quantised one to this new directory; register that.",
+)
+@click.option("--dtype", metavar="D", help="With --dequantize: bfloat16 or float16. [default: as config.json says]")
 @click.pass_obj
-def add(console: Console, source: str, name: str | None, revision: str | None) -> None:
+def add(console: Console, /, source: str, **options: Any) -> None:
     """Hash a model, and register it: loreg knows a base by its bytes.
 
     \b
       loreg base add ./models/gpt2
       loreg base add openai-community/gpt2 --revision main --name gpt2
+      loreg base add ./models/llama-nf4 --dequantize ./models/llama-bf16
     """
     with console.open() as registry, console.progress() as bar:
-        added = registry.add_base(source, name, revision=revision, advance=bar.stage("hashing", 0))
+        added = registry.add_base(source, **options, advance=bar.stage("hashing", 0))
     console.emit(_document(added), _text(added))
 
 

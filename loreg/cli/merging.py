@@ -72,6 +72,7 @@ def _parameters(options: dict[str, Any]) -> dict[str, Any]:
     help="How to check what was written.",
 )
 @click.option("--allow-base-mismatch", is_flag=True, help="Merge into another base than the adapters name.")
+@click.option("--dequantize", is_flag=True, help="Merge into the 16-bit model of a quantised --base.")
 @click.pass_obj
 def merge(console: Console, /, expression: str, out: str, **options: Any) -> None:
     """Merge a weighted sum of adapters into their base, exactly.

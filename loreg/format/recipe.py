@@ -17,9 +17,10 @@ from loreg.format.safetensors import check_name, nbytes_of
 
 FORMAT = "loreg/1"
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Storage dtypes that a merge computes [R4], by the container's name, with the name that people write."""
+"""Storage dtypes that a whole model can be written in [R4], by the container's name, with the name that people use."""
 
-DTYPES = tuple(DTYPE_NAMES)
+DTYPES = (*DTYPE_NAMES, "F8_E4M3", "F8_E5M2")
+"""Storage dtypes that a merge computes."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -139,8 +140,8 @@ def _term(fields: Fields) -> RecipeTerm:
 
 def _dtype(fields: Fields) -> str | None:
     value = fields.optional_text("dtype")
-    if value is not None and value not in DTYPES:  # [R4]
-        fields.refuse("dtype", f"null or one of {', '.join(DTYPES)}", value)
+    if value is not None and value not in DTYPE_NAMES:  # [R4]
+        fields.refuse("dtype", f"null or one of {', '.join(DTYPE_NAMES)}", value)
     return value
 
 

@@ -44,15 +44,20 @@ class Part:
         return shapes
 
     def load(self, base: Base, view: tuple[int, ...], device: torch.device) -> WeightedSum:
-        """The part as a value on ``device``, unweighted. A tensor R that replaces W adds R - W [A1]."""
-        edit = WeightedSum()
-        if self.weight is not None:
-            edit += self.adapter.weight_edit(self.weight, base, device)
-        if self.bias is not None:
-            edit += self.adapter.bias_edit(self.bias, base, device)
+        """The part as a value on ``device``, unweighted. A tensor R that replaces W adds R - W [A1], and is what the
+        forms of the same adapter read: it is R that was trained upon."""
+        edit, start = WeightedSum(), base
         if self.full is not None:
             R = values(self.adapter.full_tensor(self.full)).reshape(view).to(device)
             edit += WeightedSum(dense=(Dense(R), Dense(base(), -1.0)))
+
+            def start() -> torch.Tensor:
+                return R
+
+        if self.weight is not None:
+            edit += self.adapter.weight_edit(self.weight, start, device)
+        if self.bias is not None:
+            edit += self.adapter.bias_edit(self.bias, start, device)
         return edit
 
 

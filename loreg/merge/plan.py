@@ -18,7 +18,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, UsageError
 from loreg.format.base import BaseManifest, HubPin
 from loreg.format.fingerprint import Match, match_base
-from loreg.format.recipe import DTYPES, Recipe
+from loreg.format.recipe import DTYPE_NAMES, Recipe
 from loreg.format.reference import format_weight
 from loreg.merge.combining import Combining, arithmetic_of
 from loreg.merge.copies import recognise_copy
@@ -82,8 +82,8 @@ def plan_merge(
     the base is from, if from the Hub. ``known``: bases at hand by weights_root, to explain a mismatch with. Raises
     BaseMismatch, BadInput, Unsupported, UsageError; touches no file but headers.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"{dtype!r} is not an output dtype: expected one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise UsageError(f"{dtype!r} is not an output dtype: expected one of {', '.join(DTYPE_NAMES)}.")
     matches = tuple(
         _pinned(adapter, hub, _check_base(adapter, base, base_manifest, allow_mismatch, known or {}))
         for adapter in adapters

@@ -78,6 +78,25 @@ class Bases:
         )
         return Base(chosen, manifest, path.resolve(), hub, _recipe_beside(path, identity.weights_root))
 
+    def add_dequantised(
+        self,
+        source: str | Path,
+        name: str | None,
+        revision: str | None,
+        out: Path,
+        dtype: str | None,
+        advance: Advance,
+    ) -> Base:
+        """Make the 16-bit model of the quantised one at ``source`` in ``out``, and register that."""
+        from loreg.registry.dequantising import dequantise
+
+        path, _ = _locate(source, revision)
+        checkpoint = Checkpoint.open(path)
+        manifest = dequantise(checkpoint, out, advance, source=checkpoint.manifest(self.cache, advance), dtype=dtype)
+        root = manifest.identity.weights_root
+        chosen = check_name(name) if name is not None else self._free_name(_suggest(out, None), root)
+        return self.register(Base(chosen, manifest, out.resolve(), None))
+
     def register(self, base: Base) -> Base:
         """Write a base that was looked at into the catalog; one that is there is brought up to date."""
         identity, blob = base.manifest.identity, PendingBlob.of(base.manifest.dump())

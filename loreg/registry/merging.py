@@ -28,6 +28,7 @@ from loreg.merge.verify import KINDS, Check, Subject, Verification, require_reco
 from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, Version, silent
+from loreg.registry.dequantising import dequantise, require_plain
 from loreg.staging import scratch
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def merge(
     device: str,
     verify: str,
     allow_base_mismatch: bool,
+    dequantize: bool,
     progress: Progress | None,
 ) -> MergeResult:
     """See ``Registry.merge``."""
@@ -107,7 +109,10 @@ def merge(
     adapters = resolve_terms(registry, expression)
     methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters) or 1)
     stage = progress or (lambda label, total: silent)
-    with _base_for(registry, adapters, base, out, stage) as found:
+    with (
+        _base_for(registry, adapters, base, out, stage) as stored,
+        _plain(stored, out, dequantize, stage) as found,
+    ):
         plan = plan_merge(
             found.checkpoint,
             found.manifest,
@@ -168,6 +173,19 @@ def _base_for(
         )
     with _recorded(registry, first.identity.weights_root, references, out, stage) as found:
         yield found
+
+
+@contextmanager
+def _plain(found: _Found, out: Path, dequantize: bool, stage: Progress) -> Iterator[_Found]:
+    """The base itself, if it holds plain numbers; else the 16-bit model of it, made beside ``out``, if that is wanted."""
+    if not dequantize:
+        require_plain(found.checkpoint)
+        yield found
+        return
+    with scratch(out, f"{found.manifest.identity.weights_root.short}.plain") as folder:
+        advance = stage("dequantising", found.checkpoint.nbytes)
+        manifest = dequantise(found.checkpoint, folder / "base", advance, source=found.manifest)
+        yield _Found(Checkpoint.open(folder / "base"), manifest)
 
 
 @contextmanager
