@@ -1,41 +1,56 @@
-"""Other people's formats, one file each: every reader yields a ``Draft``, which ``binding`` ties to a base."""
+"""Other people's formats, one module each: every reader yields a ``Draft``, which ``binding`` ties to a base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from loreg.adapters import peft
+from loreg.adapters import loralib, lycoris, peft
 from loreg.adapters.draft import Draft
 from loreg.errors import NotFound, UsageError
 
 
-class Reader(Protocol):
-    """What a module of this package offers: whether a directory is of its format, and reading it."""
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One format. ``recognises``: whether a file or a directory holds an adapter of it. ``read``: that adapter.
 
-    CONFIG: str
-
-    def recognises(self, folder: Path) -> bool: ...
-
-    def read(self, folder: Path) -> Draft: ...
-
-
-READERS: Mapping[str, Reader] = {"peft": peft}
-
-
-def read(folder: Path, format: str | None = None) -> Draft:  # noqa: A002 - the option's name
-    """Read the adapter in ``folder``, by the named format or the one that recognises it.
-
-    Raises NotFound where nothing is recognised, UsageError for an unknown format, and what the reader raises.
+    ``expected`` says in a message what such an adapter is. ``options``: what ``read`` takes by name beside the path,
+    for what the format does not store.
     """
-    if not folder.is_dir():
-        raise NotFound(f"{folder} is not a directory: expected one that holds an adapter.")
+
+    recognises: Callable[[Path], bool]
+    read: Callable[..., Draft]
+    expected: str
+    options: tuple[str, ...] = ()
+
+
+READERS: Mapping[str, Reader] = {
+    "peft": Reader(peft.recognises, peft.read, f"a directory with {peft.CONFIG}", ("initial",)),
+    "lycoris": Reader(lycoris.recognises, lycoris.read, lycoris.EXPECTED),
+    "loralib": Reader(loralib.recognises, loralib.read, loralib.EXPECTED, loralib.OPTIONS),
+}
+
+
+def read(path: Path, format: str | None = None, **options: Any) -> Draft:  # noqa: A002 - the option's name
+    """Read the adapter at ``path``, a file or a directory, by the named format or the first that recognises it.
+
+    ``options`` that are None were not given. Raises NotFound where nothing is recognised, UsageError for an unknown
+    format and for an option that the format has not, and what the reader raises.
+    """
+    if not path.exists():
+        raise NotFound(f"{path} does not exist: expected an adapter, a directory or a file.")
     if format is not None and format not in READERS:
         raise UsageError(f"{format!r} is not a format that loreg reads: expected one of {', '.join(READERS)}.")
-    for name, reader in READERS.items():
-        if format == name or (format is None and reader.recognises(folder)):
-            if not reader.recognises(folder):
-                raise NotFound(f"{folder} holds no {name} adapter: expected {reader.CONFIG} in it.")
-            return reader.read(folder)
-    raise NotFound(f"{folder} holds no adapter that loreg knows: expected {peft.CONFIG} beside its weights.")
+    name = format or next((name for name, reader in READERS.items() if reader.recognises(path)), None)
+    if name is None or (format and not READERS[name].recognises(path)):
+        expected = READERS[format].expected if format else ", or ".join(r.expected for r in READERS.values())
+        kind = f"{format} adapter" if format else "adapter that loreg knows"
+        raise NotFound(f"{path} holds no {kind}: expected {expected}.")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in READERS[name].options:
+            takes = ", ".join(READERS[name].options) or "none"
+            raise UsageError(f"{option} is no option of {name} adapters, and {path} is one: they take {takes}.")
+    return READERS[name].read(path, **given)

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from loreg.adapters import models, names
-from loreg.adapters.draft import Draft, DraftModule, RawTensor
+from loreg.adapters import fusions, models, tying
+from loreg.adapters.bound import Binding, BoundFull, BoundModule
+from loreg.adapters.draft import Draft, DraftModule
 from loreg.errors import BadInput, Unsupported
 from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
-from loreg.format.manifest import Tie
 from loreg.format.module import IN_OUT, OUT_IN
 
 _STACKED = ("lora_experts",)
 
 Found = Callable[[str], BaseTensor]
 """The base's weight for a module path."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoundModule:
-    """A module of the draft, and the checkpoint tensors that it adapts.
-
-    ``out_in``: the size of the weight, or of each of a stack. ``stored``: its shape in the checkpoint, where that is
-    no matrix.
-    """
-
-    draft: DraftModule
-    tensor: str
-    kind: str
-    orientation: str
-    out_in: tuple[int, int]
-    bias_tensor: str | None
-    stored: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BoundFull:
-    """A tensor that is replaced, or added if the checkpoint has none of its name."""
-
-    tensor: RawTensor
-    module: str
-    added: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """``modules`` by path in the model, ``full`` and ``ties`` by name in the checkpoint."""
-
-    modules: Mapping[str, BoundModule]
-    full: Mapping[str, BoundFull]
-    ties: Mapping[str, Tie]
 
 
 def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> Binding:
@@ -64,15 +29,20 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
     """
     pair = models.tie_of(config, tensors)
     known = dict(tensors) if pair is None else {pair[0]: tensors[pair[1]], **tensors}
-    weights = {path: f"{path}.{module.parameter}" for path, module in draft.modules.items()}
+    draft = fusions.placed(draft.located(known), tensors, config)
+    weights = {path: f"{path}.{module.parameter}".rstrip(".") for path, module in draft.modules.items()}
     biases = {path: f"{path}.{module.bias}" for path, module in draft.modules.items() if module.bias_terms}
-    found = names.resolve([*weights.values(), *biases.values(), *draft.full], known)
+    found = fusions.resolve([*weights.values(), *biases.values(), *draft.full], known, config)
     for wanted in (*weights.values(), *biases.values()):
         if wanted not in found:
             raise _missing(wanted, tensors)
 
+    replaced = tying.replaced(pair, _full(draft, found, known), draft.together)
+    resized = tying.shapes(pair, replaced)
+
     def weight_of(path: str) -> BaseTensor:
-        return known[found[weights[path]]]
+        weight = known[found[weights[path]]]
+        return replace(weight, shape=resized.get(found[weights[path]], weight.shape))
 
     modules = {}
     for path, module in draft.modules.items():
@@ -81,26 +51,9 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
         modules[path] = BoundModule(
             module, found[weights[path]], fit.kind, fit.orientation, fit.out_in, bias, fit.stored
         )
-    full = _full(draft, found, known)
-    return Binding(modules, full, _ties(pair, draft, modules, full))
-
-
-def _ties(
-    pair: tuple[str, str] | None, draft: Draft, modules: Mapping[str, BoundModule], full: dict[str, BoundFull]
-) -> dict[str, Tie]:
-    """Head and embedding, where an edit touches one of them: changed together, or untied by it [M10].
-
-    A head that is replaced by the very tensor that its embedding is replaced by stays tied, and leaves ``full``.
-    """
-    if pair is None:
-        return {}
-    head, embedding = pair
-    if head in full and embedding in full and full[head].tensor.same_as(full[embedding].tensor):
-        del full[head]
-        return {head: Tie(embedding, untied=False)}
-    told = [bound.draft.together for bound in modules.values() if bound.tensor in pair]
-    told += [bound.tensor.key in draft.together for name, bound in full.items() if name in pair]
-    return {head: Tie(embedding, untied=not all(told))} if told else {}
+    settled = tying.settled(pair, modules, replaced, known)
+    tying.check_sizes(models.words_of(config, tensors), settled, known)
+    return Binding(settled.modules, settled.full, settled.ties, replaced.copies)
 
 
 def _full(draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor]) -> dict[str, BoundFull]:
@@ -161,6 +114,7 @@ def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, con
     weight = found(path)
     fits = _fitting(module, weight)
     if not fits:
+        _explain(path, module, weight)
         size = ["any" if n is None else n for n in _size(module)]
         raise BadInput(
             f"Module {path!r} does not fit its base: expected {weight.name!r} of shape {size}, found "
@@ -186,6 +140,17 @@ def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, con
         f"Module {path!r} is square, and neither config.json (model_type {config.get('model_type')!r}) nor another "
         "layer of that name tells whether it is stored as (in, out): its orientation would be a guess."
     )
+
+
+def _explain(path: str, module: DraftModule, weight: BaseTensor) -> None:
+    """Raises Unsupported where a form itself says why its terms do not fit, as of a grouped convolution."""
+    for term in module.terms:
+        try:
+            forms.check(term.form, term.shapes, term.parameters, _matrix(weight.shape, False), f"Module {path!r}")
+        except Unsupported:
+            raise
+        except BadInput:
+            continue
 
 
 def _size(module: DraftModule) -> tuple[int | None, int | None]:

@@ -5,8 +5,9 @@ No torch here: a tensor is its dtype, its shape and a way to read its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from loreg.checkpoint import read_range
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, Unsupported
 from loreg.format import forms
+from loreg.format.fingerprint import BaseTensor
 from loreg.format.safetensors import nbytes_of
 
 # The exponent bits of each dtype that a factor may have: all ones means NaN or infinity.
@@ -53,6 +55,16 @@ class RawTensor:
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return self.digest() == other.digest()
+
+    def content(self) -> bytes:
+        """All of its raw bytes, in memory."""
+        return b"".join(bytes(chunk) for chunk in self.chunks())
+
+    def transposed(self) -> RawTensor:
+        """A matrix with rows and columns exchanged, in memory, under another key: no file holds it so."""
+        width = self.nbytes // max(1, prod(self.shape))
+        turned = np.frombuffer(self.content(), dtype=f"V{width}").reshape(self.shape).T
+        return RawTensor(f"{self.key}ᵀ", self.dtype, self.shape[::-1], np.ascontiguousarray(turned).tobytes())
 
     def digest(self) -> Digest:
         """The BLAKE3 of its raw bytes."""
@@ -105,7 +117,8 @@ class DraftModule:
 
     ``embedding``: the layer looks rows up, so that its weight is (in, out). ``in_out_hint``: whether the trainer
     says that a linear layer stores its weight as (in, out). ``together``: where the model ties the weight to another,
-    the trainer changed both; else that one alone.
+    the trainer changed both; else that one alone. ``repeats``: the path of a module whose edit this is once more, as
+    of a head that is adapted together with the embedding it is tied to.
     """
 
     terms: tuple[DraftTerm, ...]
@@ -114,6 +127,7 @@ class DraftModule:
     embedding: bool = False
     in_out_hint: bool = False
     together: bool = False
+    repeats: str | None = None
 
     @property
     def bias(self) -> str:
@@ -136,7 +150,8 @@ class Draft:
 
     ``saved_modules``: names of modules that were saved whole, or ends of such names, and so may be new to the
     base. ``together``: of ``full``, what replaces a tied weight in both its places. ``left_out``: files of the
-    directory that are no part of the adapter.
+    directory that are no part of the adapter. ``locate``: of a format whose names or shapes say too little by
+    themselves, what makes the draft for a base of such tensors out of this one.
     """
 
     format: str
@@ -149,3 +164,8 @@ class Draft:
     left_out: tuple[str, ...] = ()
     license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    locate: Callable[[Draft, Mapping[str, BaseTensor]], Draft] | None = None
+
+    def located(self, tensors: Mapping[str, BaseTensor]) -> Draft:
+        """The draft for a base of these ``tensors``. Raises what ``locate`` does."""
+        return self if self.locate is None else self.locate(self, tensors)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
 from loreg.adapters.draft import RawTensor
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.algebra.rounding import round_to
-from loreg.format.module import Module
 from loreg.tensors import NAMES, TORCH, from_buffer, to_memory
 
 
@@ -27,22 +26,18 @@ def raw_of(key: str, tensor: torch.Tensor) -> RawTensor:
     return RawTensor(key, NAMES[tensor.dtype], tuple(tensor.shape), bytes(to_memory(contiguous)))
 
 
-def fold(path: str, module: Module, raws: Mapping[str, RawTensor]) -> tuple[RawTensor, RawTensor, RawTensor | None]:
-    """A (R, in), B (out, R) and the bias of scale 1, in float32: Σ scaleᵢ·Bᵢ·Aᵢ = B·A.
+def fold(terms: Sequence[tuple[RawTensor, RawTensor, float]], scale: float) -> tuple[RawTensor, RawTensor]:
+    """A (R, in) and B (out, R) in float32: Σ sᵢ·Bᵢ·Aᵢ = scale·B·A. ``terms``: (Aᵢ, Bᵢ, sᵢ), taken as matrices.
 
-    ``raws``: the tensors of the module by their names in the manifest. Rounds, once per element of B; see
-    ``algebra.delta.concatenate`` for the bound.
+    Each element of B is rounded once, after its product with sᵢ/scale; see ``algebra.delta.concatenate`` for the
+    bound. Where these are 1 or -1, nothing is rounded that float32 holds.
     """
-    terms = [
-        LowRank(tensor_of(raws[f"{path}.lora_B.{index}"]), tensor_of(raws[f"{path}.lora_A.{index}"]), term.scale)
-        for index, term in enumerate(module.terms)
-    ]
-    stacked = concatenate(terms, torch.float32)
-    bias = None
-    if module.bias_terms:
-        values = [
-            term.scale * tensor_of(raws[f"{path}.lora_bias.{index}"]).double()
-            for index, term in enumerate(module.bias_terms)
-        ]
-        bias = raw_of("bias", round_to(torch.stack(values).sum(0), torch.float32))
-    return raw_of("A", stacked.right), raw_of("B", stacked.left), bias
+    pairs = ((tensor_of(A).flatten(1), tensor_of(B).flatten(1), each / scale) for A, B, each in terms)
+    stacked = concatenate([LowRank(B, A, ratio) for A, B, ratio in pairs], torch.float32)
+    return raw_of("A", stacked.right), raw_of("B", stacked.left)
+
+
+def fold_bias(terms: Sequence[tuple[RawTensor, float]]) -> RawTensor:
+    """Σ scaleᵢ·biasᵢ in float32, rounded once per element, from a float64 sum in the terms' order."""
+    values = [scale * tensor_of(raw).double() for raw, scale in terms]
+    return raw_of("bias", round_to(torch.stack(values).sum(0), torch.float32))

@@ -20,10 +20,21 @@ _HEADLESS = re.compile(
     r"\w+For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|(?!\w*(Head|LM|MT))\w+Model"
 )
 
-# Decoders whose head, where it is tied, is the embedding of the inputs, and what these are called.
+# Decoders whose head, where it is tied, is the embedding of the inputs; what these are called, and the heads that are
+# not called lm_head (transformers 5.23, `_tied_weights_keys` of all its causal models). Encoders that are used as
+# decoders have their words in ``embeddings.word_embeddings``, and heads of several layers.
 _DECODERS = ("ForCausalLM", "LMHeadModel")
+_HEADS = {
+    "biogpt": "output_projection.weight",
+    "gpt_neox": "embed_out.weight",
+    "gpt_neox_japanese": "embed_out.weight",
+    "rwkv": "head.weight",
+    "trocr": "output_projection.weight",
+    "whisper": "proj_out.weight",
+}
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"})
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tokens_embed"})
+_ENCODERS = re.compile(r"(.+\.)?embeddings\.\w+\.weight")
 
 Config = Mapping[str, Any]
 
@@ -61,21 +72,26 @@ def shares(config: Config, name: str, shape: tuple[int, ...], embedding: bool) -
     return not (classes and all(_HEADLESS.fullmatch(str(kind)) for kind in classes))
 
 
-def tie_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
-    """(head, embedding), as tensors of the checkpoint, where this model is known to use one weight as both.
-
-    Decoders only: ``lm_head`` beside the embedding of the inputs. The head need not be stored.
-    """
+def words_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
+    """(head, embedding) of a decoder, as tensors of the checkpoint; the head need not be stored."""
     classes = [str(kind) for kind in config.get("architectures") or ()]
     if not classes or not all(kind.endswith(_DECODERS) for kind in classes):
         return None
     embeddings = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS]
-    if len(embeddings) != 1 or any(part.get("is_encoder_decoder") for part in _parts(config)):
+    if len(embeddings) != 1 or _ENCODERS.fullmatch(embeddings[0]):
         return None
+    if any(part.get("is_encoder_decoder") for part in _parts(config)):
+        return None
+    return _HEADS.get(str(config.get("model_type")), _HEAD), embeddings[0]
+
+
+def tie_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
+    """``words_of`` a model that is known to use one weight as head and as embedding."""
+    words = words_of(config, tensors)
     said = config.get("tie_word_embeddings")
-    if said is False or (said is None and _HEAD in tensors):
+    if words is None or said is False or (said is None and words[0] in tensors):
         return None
-    return _HEAD, embeddings[0]
+    return words
 
 
 def restated(config: Config, *, dtype: str | None, untied: bool, resized: Mapping[int, int]) -> dict[str, Any]:

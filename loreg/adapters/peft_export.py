@@ -9,31 +9,54 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loreg.adapters.draft import RawTensor
-from loreg.adapters.peft import CONFIG, WEIGHTS
+from loreg.adapters.peft import CONFIG, WEIGHTS, attention, tokens
+from loreg.adapters.peft.contents import PREFIX
+from loreg.adapters.peft_layers import Layer, Read, Rows, layer_of
 from loreg.errors import Unsupported
 from loreg.format.manifest import AdapterManifest
-from loreg.format.module import Module
 from loreg.format.safetensors import canonical_header
 
-Read = Callable[[str], RawTensor]
-"""Brings a tensor by its name in the manifest: ``factors:NAME`` or ``full:NAME``."""
+# Embeddings that ``ensure_weight_tying`` knows (PEFT 0.21, ``utils/constants.py``, `EMBEDDING_LAYER_NAMES`).
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    A: RawTensor
-    B: RawTensor
-    bias: RawTensor | None
-    alpha: float
+@dataclass(frozen=True)
+class _Adapter:
+    """A version in PEFT's words. ``layers`` and ``rows`` by path in the model; ``attentions``: those of ``layers``
+    that are a MultiheadAttention, whose ``out_proj`` is one of ``layers`` too."""
+
+    manifest: AdapterManifest
+    layers: Mapping[str, Layer]
+    rows: Mapping[str, Rows]
+    attentions: frozenset[str]
+
+    def wrapped(self, path: str) -> str:
+        """Where PEFT keeps what a module has, without its ``base_layer``."""
+        owner, _, leaf = path.rpartition(".")
+        return f"{owner}{attention.WRAPPED}" if owner in self.attentions and leaf == "out_proj" else path
+
+    def inner(self, path: str) -> str:
+        """Where PEFT keeps the module's own parameters: one level deeper, in what it wraps."""
+        if path in self.rows:
+            return f"{path}.token_adapter.base_layer"
+        return f"{self.wrapped(path)}.base_layer" if path in self.layers else path
 
     @property
-    def rank(self) -> int:
-        return self.A.shape[0]
+    def targets(self) -> dict[str, Layer]:
+        """The layers that a config names: an attention stands for both of its own."""
+        return {path: layer for path, layer in self.layers.items() if self.wrapped(path) == path}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Layers of an embedding that the model ties to a head, and both were changed → the head's path."""
+        heads = {tie.to: head for head, tie in self.manifest.ties.items() if not tie.untied}
+        found = {path: heads.get(self.manifest.modules[path].tensor) for path in self.layers}
+        return {path: head.removesuffix(".weight") for path, head in found.items() if head is not None}
 
 
 def peft_files(manifest: AdapterManifest, read: Read) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
@@ -41,20 +64,9 @@ def peft_files(manifest: AdapterManifest, read: Read) -> Iterator[tuple[str, Ite
 
     Raises Unsupported for what a PEFT config cannot say.
     """
-    factors = {path: _factors(path, module, read) for path, module in manifest.modules.items()}
-    tensors: dict[str, RawTensor] = {}
-    for path, found in factors.items():
-        embedding = manifest.modules[path].kind == "embedding"
-        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        tensors[f"base_model.model.{path}.{names[0]}"] = found.A
-        tensors[f"base_model.model.{path}.{names[1]}"] = found.B
-        if found.bias is not None:
-            tensors[f"base_model.model.{path}.lora_B.bias"] = found.bias
-    for name, full in manifest.full.items():
-        # PEFT wraps what it adapts, so that the layer's own parameters lie one level deeper there.
-        owner = f"{full.module}.base_layer" if full.module in manifest.modules else full.module
-        tensors[f"base_model.model.{owner}.{_parameter(name)}"] = read(f"full:{name}")
-    config = _config(manifest, factors)
+    adapter = _adapter(manifest, read)
+    config = _config(adapter)
+    tensors = {f"{PREFIX}{name}": raw for name, raw in _tensors(adapter, read)}
     yield CONFIG, iter([(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
     yield WEIGHTS, _safetensors(tensors)
 
@@ -66,38 +78,100 @@ def _safetensors(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryvie
         yield from tensors[info.name].chunks()
 
 
-def _factors(path: str, module: Module, read: Read) -> _Factors:
-    if not module.plain:
+def _adapter(manifest: AdapterManifest, read: Read) -> _Adapter:
+    found = {path: layer_of(path, module, read) for path, module in manifest.modules.items()}
+    layers = {path: layer for path, layer in found.items() if isinstance(layer, Layer)}
+    rows = {path: layer for path, layer in found.items() if isinstance(layer, Rows)}
+    whole = {path for path in layers if manifest.modules[path].tensor.rpartition(".")[2] == attention.PARAMETER}
+    for path in whole:
+        layers |= _attention(path, layers)
+    adapter = _Adapter(manifest, layers, rows, frozenset(whole))
+    _check_ties(adapter)
+    _check_alike(adapter)
+    return adapter
+
+
+def _attention(path: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Both layers of a MultiheadAttention with what PEFT gives them: one rank, one α, and twice the delta of one."""
+    inner, outer = layers[path], layers.get(f"{path}.out_proj")
+    if outer is None or inner.rank != outer.rank or inner.bias or outer.bias:
         raise Unsupported(
-            f"Module {path!r} is adapted by more than plain LoRA, which PEFT's LoRA cannot say: export the adapters "
-            "that it was made from with --format original, or merge it."
+            f"Module {path!r} is a MultiheadAttention, which PEFT adapts with one rank for {attention.PARAMETER} and "
+            "out_proj, and without biases: this version has no PEFT form."
         )
-    raws = {name: read(f"factors:{name}") for name, _ in module.tensors(path)}
-    if len(module.terms) == 1 and len(module.bias_terms) <= 1:
-        term = module.terms[0]
-        alpha = term.scale * term.rank
-        same_scale = all(bias.scale == term.scale for bias in module.bias_terms)
-        # α/r must give the scale back to the bit, or the export would be another adapter.
-        if same_scale and alpha / term.rank == term.scale:
-            bias = raws.get(f"{path}.lora_bias.0")
-            return _Factors(raws[f"{path}.lora_A.0"], raws[f"{path}.lora_B.0"], bias, alpha)
-    from loreg.adapters.folding import fold
+    outer = replace(outer, alpha=outer.alpha / attention.TWICE)
+    if inner.alpha != outer.alpha:
+        from loreg.adapters.folding import fold
 
-    A, B, bias = fold(path, module, raws)
-    return _Factors(A, B, bias, float(A.shape[0]))
-
-
-def _config(manifest: AdapterManifest, factors: Mapping[str, _Factors]) -> dict[str, Any]:
-    rank = Counter(found.rank for found in factors.values()).most_common(1)[0][0] if factors else 1
-    alpha = Counter(found.alpha for found in factors.values()).most_common(1)[0][0] if factors else 1.0
-    with_bias = {path for path, found in factors.items() if found.bias is not None}
-    if with_bias and with_bias != set(factors):
-        lacking = min(set(factors) - with_bias)
-        raise Unsupported(
-            f"Some modules have a trained bias and {lacking!r} has none: PEFT's lora_bias is for all or none, so "
-            "this version has no PEFT form."
+        inner, outer = (
+            Layer(*fold([(layer.A, layer.B, layer.scale)], 1.0), float(layer.rank)) for layer in (inner, outer)
         )
-    bias, saved = _replaced(manifest)
+    return {path: inner, f"{path}.out_proj": outer}
+
+
+def _check_ties(adapter: _Adapter) -> None:
+    """Raises Unsupported where PEFT would tie what the version does not, or cannot tie what it does."""
+    manifest = adapter.manifest
+    for path in adapter.tied:
+        if path.rpartition(".")[2] not in _TIED_BY_PEFT or adapter.layers[path].magnitude is not None:
+            raise Unsupported(
+                f"Module {path!r} is changed together with the head that it is tied to, which PEFT's "
+                f"ensure_weight_tying does for plain LoRA on {_TIED_BY_PEFT[0]!r} alone: this version has no PEFT "
+                "form."
+            )
+    for head, embedding in manifest.untied.items():
+        paths = {manifest.modules[path].tensor: path for path in adapter.rows}
+        if embedding not in paths:
+            continue
+        # PEFT gives these rows to the head too, unless it has others of its own.
+        if head not in paths or adapter.rows[paths[head]].indices == adapter.rows[paths[embedding]].indices:
+            raise Unsupported(
+                f"Module {paths[embedding]!r} has trained rows that are not of the head that it is tied to, and PEFT "
+                "would give them to it: this version has no PEFT form."
+            )
+
+
+def _check_alike(adapter: _Adapter) -> None:
+    """Raises Unsupported where PEFT has one setting for all layers, and they differ in it."""
+    settings = {"bias": "lora_bias", "magnitude": "use_dora"}
+    for name, option in settings.items():
+        having = {path for path, layer in adapter.layers.items() if getattr(layer, name) is not None}
+        if lacking := min(set(adapter.layers) - having, default=None) if having else None:
+            raise Unsupported(
+                f"Some modules have a trained {name} and {lacking!r} has none: PEFT's {option} is for all or none, "
+                "so this version has no PEFT form."
+            )
+        if name == "bias" and any(adapter.manifest.modules[path].kind == "embedding" for path in having):
+            raise Unsupported("PEFT has no lora_bias for embeddings, and one of this version's has a bias.")
+
+
+def _tensors(adapter: _Adapter, read: Read) -> Iterator[tuple[str, RawTensor]]:
+    """The tensors of the file, by name without PEFT's prefix."""
+    for path, layer in adapter.layers.items():
+        place = adapter.wrapped(path)
+        embedding = adapter.manifest.modules[path].kind == "embedding"
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        yield f"{place}.{names[0]}", layer.A
+        yield f"{place}.{names[1]}", layer.B
+        if layer.bias is not None:
+            yield f"{place}.lora_B.bias", layer.bias
+        if layer.magnitude is not None:
+            yield f"{place}.lora_magnitude_vector", layer.magnitude
+    for path, head in adapter.tied.items():
+        yield f"{head}.lora_A.weight", adapter.layers[path].B.transposed()
+        yield f"{head}.lora_B.weight", adapter.layers[path].A.transposed()
+    for path, rows in adapter.rows.items():
+        yield f"{path}.token_adapter.trainable_tokens_delta", rows.rows
+    for name, full in adapter.manifest.full.items():
+        yield f"{adapter.inner(full.module)}.{_parameter(name)}", read(f"full:{name}")
+
+
+def _config(adapter: _Adapter) -> dict[str, Any]:
+    manifest, targets = adapter.manifest, adapter.targets
+    named = {**targets, **{head: adapter.layers[path] for path, head in adapter.tied.items()}}
+    rank = Counter(layer.rank for layer in targets.values()).most_common(1)[0][0] if targets else 1
+    alpha = Counter(layer.alpha for layer in targets.values()).most_common(1)[0][0] if targets else 1.0
+    bias, saved = _replaced(adapter)
     return {
         "peft_type": "LORA",
         # A task would have PEFT wrap modules called "classifier" and "score" besides those named below.
@@ -109,33 +183,36 @@ def _config(manifest: AdapterManifest, factors: Mapping[str, _Factors]) -> dict[
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
         "bias": bias,
-        "lora_bias": bool(with_bias),
+        "lora_bias": any(layer.bias is not None for layer in targets.values()),
         "fan_in_fan_out": any(module.kind == "conv1d" for module in manifest.modules.values()),
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(layer.magnitude is not None for layer in targets.values()),
         "init_lora_weights": True,
         "modules_to_save": saved or None,
-        "target_modules": sorted(factors),
+        tokens.FIELD: {path: rows.indices for path, rows in sorted(adapter.rows.items())} or None,
+        "ensure_weight_tying": bool(adapter.tied),
+        "target_modules": sorted(targets),
         # Whole paths, escaped: PEFT reads keys as regular expressions, and the first that matches wins.
-        "rank_pattern": {re.escape(path): f.rank for path, f in sorted(factors.items()) if f.rank != rank},
-        "alpha_pattern": {
-            re.escape(path): _number(f.alpha) for path, f in sorted(factors.items()) if f.alpha != alpha
-        },
+        "rank_pattern": {re.escape(path): f.rank for path, f in sorted(named.items()) if f.rank != rank},
+        "alpha_pattern": {re.escape(path): _number(f.alpha) for path, f in sorted(named.items()) if f.alpha != alpha},
     }
 
 
-def _replaced(manifest: AdapterManifest) -> tuple[str, list[str]]:
+def _replaced(adapter: _Adapter) -> tuple[str, list[str]]:
     """What PEFT's ``bias`` and ``modules_to_save`` have to be for the replaced tensors.
 
-    A bias alone is one that was trained in its place. Modules are named by their whole paths: PEFT compares ends
+    A bias alone is one that was trained in its place. A weight that is tied, and stays so, is the base's own in both
+    places, and PEFT puts it there without being told. Modules are named by their whole paths: PEFT compares ends
     of names, and ``dense`` would be half of an encoder.
     """
     parameters: dict[str, set[str]] = {}
-    for name, full in manifest.full.items():
-        parameters.setdefault(full.module, set()).add(_parameter(name))
+    tied = {tie.to for tie in adapter.manifest.ties.values() if not tie.untied}
+    for name, full in adapter.manifest.full.items():
+        if name not in tied:
+            parameters.setdefault(full.module, set()).add(_parameter(name))
     biases = {module for module, found in parameters.items() if found == {"bias"}}
-    whole = set(parameters) - biases - set(manifest.modules)
-    bias = "none" if not biases else "lora_only" if biases <= set(manifest.modules) else "all"
+    whole = set(parameters) - biases - set(adapter.manifest.modules)
+    bias = "none" if not biases else "lora_only" if biases <= set(adapter.manifest.modules) else "all"
     return bias, sorted(whole)
 
 

@@ -287,7 +287,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "core_space": _factors(
             "Another method, on the small cores of the deltas in common bases.",
             "Panariello et al. 2025, arXiv:2509.17786",
-            {"inner": _inner, **_TRUNCATION},
+            {"inner": replace(_inner, default="task_arithmetic"), **_TRUNCATION},
         ),
         "tsv": _factors(
             "The leading singular vectors of each delta, made orthogonal to the others'.",

@@ -17,7 +17,7 @@ from loreg.format.safetensors import check_name, nbytes_of
 
 FORMAT = "loreg/1"
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Storage dtypes that a whole model can be written in [R4], by the container's name, with the name that people use."""
+"""Storage dtypes that a model can be written in [R4], by the container's name, with the name that people use."""
 
 DTYPES = (*DTYPE_NAMES, "F8_E4M3", "F8_E5M2")
 """Storage dtypes that a merge computes."""

@@ -20,7 +20,7 @@ from loreg.errors import Unsupported
 from loreg.format.manifest import AdapterManifest
 from loreg.format.module import IN_OUT, Module
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
-from loreg.merge.combining import Combining
+from loreg.merge.combining import Combining, mask_key
 from loreg.merge.inputs import AdapterInput, values
 from loreg.registry.packing import Package, reference
 
@@ -128,12 +128,16 @@ class Factored:
             )
         turned = found[0][1].orientation == IN_OUT
         given = [(part.weight, self._factors(part, path, turned)) for part in self.parts]
-        whole = {**self.parameters, "rank": None, "energy": None}
+        whole = {**self.parameters, "rank": None, "energy": None, "keys": self._keys(found[0][1].tensor)}
         # The truncated sum is the sum, truncated: what is done here for every method.
         made = factor_space.METHODS["cat" if self.method == "svd" else self.method](given, whole)
         delta = self._truncated(made)
         term = _stored(delta, found[0][1], self.package, path)
         return replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
+
+    def _keys(self, tensor: str) -> tuple[int, ...]:
+        seed = self.parameters.get("seed", 0)
+        return tuple(mask_key(seed, part.input.digest, tensor) for part in self.parts)
 
     def _truncated(self, deltas: tuple[LowRank, ...]) -> LowRank:
         rank, energy = self.parameters.get("rank"), self.parameters.get("energy")

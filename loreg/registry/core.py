@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from loreg.merge.output import MergeResult
     from loreg.merge.verify import Verification
     from loreg.registry.composing import Composed
+    from loreg.registry.extracting import Extracted
     from loreg.registry.merging import Unmerged
+    from loreg.registry.resizing import Resized
 
 LATEST = "latest"
 
@@ -95,14 +97,25 @@ class Registry:
     # Bases
 
     def add_base(
-        self, source: str | Path, name: str | None = None, *, revision: str | None = None, advance: Advance = silent
+        self,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        dequantize: str | Path | None = None,
+        dtype: str | None = None,
+        advance: Advance = silent,
     ) -> Base:
         """Hash a model and register it under ``name`` (default: of its directory or repository).
 
-        ``source`` is a directory, a safetensors file or a Hub id (``revision``: branch, tag or commit). Raises
-        NotFound, BadInput, RemoteError; Conflict if the name stands for other weights.
+        ``source`` is a directory, a safetensors file or a Hub id (``revision``: branch, tag or commit).
+        ``dequantize``: write the 16-bit model of a quantised one to this new directory, as ``dtype`` (``bfloat16`` or
+        ``float16``), and register that. Raises NotFound, BadInput, RemoteError; Conflict if the name stands for
+        other weights.
         """
-        return self.bases.add(source, name, revision, advance)
+        if dequantize is None:
+            return self.bases.add(source, name, revision, advance)
+        return self.bases.add_dequantised(source, name, revision, Path(dequantize), dtype, advance)
 
     def list_bases(self) -> list[BaseRow]:
         return self.bases.all()
@@ -121,26 +134,37 @@ class Registry:
         name: str | None = None,
         tags: Iterable[str] = (),
         format: str | None = None,  # noqa: A002 - the option's name
+        initial: str | Path | None = None,
+        alpha: float | None = None,
+        enable_lora: Sequence[bool] | None = None,
         note: str | None = None,
         advance: Advance = silent,
     ) -> Version:
-        """Store the adapter in the directory ``path``, bound to ``base`` (a name, a path or a Hub id).
+        """Store the adapter at ``path``, a directory or a file, bound to ``base`` (a name, a path or a Hub id).
 
-        The same content under the same name is the same version. ``name`` defaults to the directory's. Raises
-        BadInput or Unsupported for an adapter that is damaged, does not fit the base, or is of a kind that is
-        not handled; nothing is stored then.
+        The same content under the same name is the same version. ``name`` defaults to that of ``path``. ``initial``:
+        the directory of the same adapter as it was saved before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
+        ``alpha``, ``enable_lora``: lora_alpha of loralib's layers, and which blocks of its MergedLinear have LoRA.
+        Raises UsageError for an option that the format has not, or lacks; BadInput or Unsupported for an adapter that
+        is damaged, does not fit the base, or is of a kind that is not handled; nothing is stored then.
         """
         from loreg import adapters
         from loreg.adapters.binding import bind
         from loreg.checkpoint import Checkpoint
         from loreg.registry import packing
+        from loreg.registry.dequantising import require_plain
 
-        folder = Path(path)
-        chosen = check_name(name) if name is not None else _name_of(folder)
+        path = Path(path)
+        chosen = check_name(name) if name is not None else _name_of(path)
         wanted = [check_tag(tag) for tag in tags]
-        draft = adapters.read(folder, format)
+        before = Path(initial) if initial is not None else None
+        draft = adapters.read(path, format, initial=before, alpha=alpha, enable_lora=enable_lora)
         known = self.bases.find(base, advance)
-        config = Checkpoint.open(known.path).config() if known.path is not None and known.path.exists() else {}
+        config: dict[str, Any] = {}
+        if known.path is not None and known.path.exists():
+            checkpoint = Checkpoint.open(known.path)
+            require_plain(checkpoint)
+            config = checkpoint.config()
         binding = bind(draft, known.manifest.by_name(), config)
         leaves = packing.touched(known.manifest, packing.bound_tensors(binding))
         manifest, blobs = packing.pack(draft, binding, replace(known.reference(), touched=leaves))
@@ -271,6 +295,7 @@ class Registry:
         device: str = "cpu",
         verify: str = "probe",
         allow_base_mismatch: bool = False,
+        dequantize: bool = False,
         progress: Callable[[str, int], Advance] | None = None,
     ) -> MergeResult:
         """W' = round(W + Σ wᵢΔWᵢ) for every tensor of the base, written to the new directory ``out``.
@@ -280,8 +305,9 @@ class Registry:
         that is itself the same everywhere (``loreg-f64-1``). ``base``: default is where the adapters' own base is
         registered. ``method`` and ``parameters``: see ``loreg.format.methods``; one that works on factors composes
         a version first, and merges that. ``dtype``: ``bfloat16``, ``float16`` or ``float32``, for every tensor that
-        is one of these three. ``verify``: ``probe``, ``exact``, ``forward`` or ``none``. ``progress(label, total
-        bytes)`` gives the callback of one stage. Raises BaseMismatch, Conflict, CheckFailed, BadInput, UsageError;
+        is one of these or float8. ``verify``: ``probe``, ``exact``, ``forward`` or ``none``. ``dequantize``: merge
+        into the 16-bit model of a quantised base; the result says so. ``progress(label, total bytes)`` gives the
+        callback of one stage. Raises BaseMismatch, Conflict, CheckFailed, BadInput, UsageError;
         nothing is left at ``out`` then.
         """
         from loreg.registry.merging import merge
@@ -297,6 +323,7 @@ class Registry:
             device=device,
             verify=verify,
             allow_base_mismatch=allow_base_mismatch,
+            dequantize=dequantize,
             progress=progress,
         )
 
@@ -332,6 +359,25 @@ class Registry:
         given = {**parameters, **({"rank": rank} if rank is not None else {})}
         return compose(self, expression, name, method=method, parameters=given, device=device, tags=tags, note=note)
 
+    def resize(self, reference: str, name: str | None = None, **options: Any) -> Resized:
+        """Store a version truncated to ``rank`` or ``energy``, as ``svd`` composes it, under ``name`` or its own.
+
+        ``options``: see ``loreg.registry.resizing.resize``, which also says what it raises.
+        """
+        from loreg.registry.resizing import resize
+
+        return resize(self, reference, name, **options)
+
+    def extract(self, base: str | Path, tuned: str | Path, name: str, **options: Any) -> Extracted:
+        """Store what tells a fine-tuned model from its base as a version of ``name``: the inverse of a merge.
+
+        ``base``, ``tuned``: names, paths or Hub ids. ``options``: ``rank`` or ``energy``, and what
+        ``loreg.registry.extracting.extract`` takes besides, which also says what is stored, and what it raises.
+        """
+        from loreg.registry.extracting import extract
+
+        return extract(self, base, tuned, name, **options)
+
     def verify(
         self, subject: str | Path, *, kind: str = "probe", base: str | Path | None = None, advance: Advance = silent
     ) -> Verification:
@@ -355,8 +401,9 @@ class Registry:
         return sync_pull(self, remote, name, tags)
 
 
-def _name_of(folder: Path) -> str:
-    name = re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")
+def _name_of(path: Path) -> str:
+    last = path.resolve().stem if path.is_file() else path.resolve().name
+    name = re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._")
     if not name:
-        raise UsageError(f"{folder} gives no name for the adapter: give --name.")
+        raise UsageError(f"{path} gives no name for the adapter: give --name.")
     return check_name(name[:128])

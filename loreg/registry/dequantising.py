@@ -19,8 +19,8 @@ def require_plain(checkpoint: Checkpoint) -> None:
         return
     scheme.require()
     raise Unsupported(
-        f"{checkpoint.root} is quantised ({scheme.name}): it holds codes, to which nothing can be added. Make the 16-bit "
-        "model that they stand for with 'loreg base add PATH --dequantize DIR', or merge with --dequantize."
+        f"{checkpoint.root} is quantised ({scheme.name}): it holds codes, to which nothing can be added. Make the "
+        "16-bit model that they stand for with 'loreg base add PATH --dequantize DIR', or merge with --dequantize."
     )
 
 

@@ -177,7 +177,7 @@ def _base_for(
 
 @contextmanager
 def _plain(found: _Found, out: Path, dequantize: bool, stage: Progress) -> Iterator[_Found]:
-    """The base itself, if it holds plain numbers; else the 16-bit model of it, made beside ``out``, if that is wanted."""
+    """The base itself, if it holds plain numbers; else its 16-bit model, made beside ``out``, if that is wanted."""
     if not dequantize:
         require_plain(found.checkpoint)
         yield found

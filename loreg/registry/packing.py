@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from loreg.adapters.binding import Binding, BoundModule
+from loreg.adapters.bound import Binding, BoundModule
 from loreg.adapters.draft import Draft, DraftFile, DraftTerm, RawTensor
 from loreg.digest import Digest, DoubleHasher, Fingerprint
 from loreg.errors import BadInput
@@ -69,6 +69,7 @@ def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterMa
     for name, replaced in binding.full.items():
         full[name] = package.full(replaced.tensor, replaced.module)
         places[replaced.tensor.key] = f"full:{name}"
+    places.update((key, f"full:{name}") for key, name in binding.copies.items())
     files = tuple(_source_file(file, places, package) for file in draft.files)
     provenance = Provenance(license=draft.license, training=draft.training)
     return package.finish(base, modules, full, Source(draft.format, files), provenance, binding.ties)
@@ -125,7 +126,8 @@ def _module(bound: BoundModule) -> Module:
 def _term(term: DraftTerm, matrix: bool) -> LowRankTerm | FormTerm:
     """Plain LoRA where it is that, in the fields that all versions of the format have; else a term with a form."""
     plain = term.form == "lora" and matrix and set(term.tensors) == {"A", "B"}
-    if plain and term.parameters.get("groups", 1) == 1 and all(len(raw.shape) == 2 for raw in term.tensors.values()):
+    undivided = all(count == 1 for count in term.parameters.values())
+    if plain and undivided and all(len(raw.shape) == 2 for raw in term.tensors.values()):
         A, B = (reference(term.tensors[role]) for role in "AB")
         return LowRankTerm(term.rank, term.alpha, term.scale, A, B)
     return _formed(term)
@@ -141,9 +143,12 @@ def _formed(term: DraftTerm) -> FormTerm:
 
 
 def _source_file(file: DraftFile, places: Mapping[str, str], package: Package) -> SourceFile:
-    """How to give a file back byte for byte [M8]: its header as a blob, its tensors from where they are kept."""
+    """How to give a file back byte for byte [M8]: its header as a blob, its tensors from where they are kept.
+
+    In one piece where there is no header, or where not every tensor is kept as it was.
+    """
     name = check_file_name(file.path.name, "the adapter")
-    if file.header is None:
+    if file.header is None or not all(tensor.key in places for tensor in file.tensors):
         whole = PendingBlob.of_file(file.path)
         print_ = whole.fingerprint
         return SourceFile(name, print_.size, print_.sha256, package.add(whole, "source"))

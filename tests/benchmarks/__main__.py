@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.combining import combining
 from tests.benchmarks.models import make_adapter, make_base
 from tests.benchmarks.pairs import alternately, command, row
 
@@ -42,6 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loreg-benchmarks-", dir=options.dir) as scratch:
         lines = [*_machine(), "", *_startup(Path(scratch), options.runs), "", *_merges(Path(scratch), options.runs)]
+        lines += ["", *combining(options.runs)]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:

@@ -20,11 +20,10 @@ from loreg.algebra import (
     apply,
     concatenate,
     half_ulp,
-    linear,
     round_to,
-    svd,
     truncate,
 )
+from loreg.algebra.factor_space import cat
 from loreg.algebra.rounding import bits
 from loreg.errors import BadInput, Unsupported, UsageError
 
@@ -343,7 +342,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(BadInput, match="does not fit"):
         apply(torch.ones(4, 3), WeightedSum((ok,)))
     with pytest.raises(Unsupported, match="dimensions"):
-        apply(torch.ones(1, 1, 1), WeightedSum())
+        apply(torch.ones(1, 1, 1, 1), WeightedSum())
     with pytest.raises(Unsupported, match="float64"):
         apply(torch.ones(3, 4), WeightedSum((ok,)), DOUBLE)
     with pytest.raises(Unsupported, match="int32"):
@@ -361,6 +360,11 @@ def terms_of(seed: int, rows: int = 40, columns: int = 30) -> list[tuple[float, 
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
     return [(w, LowRank(draw(rows, r), draw(r, columns), 2.0 / r)) for w, r in ((0.7, 4), (-0.3, 2), (1.5, 5))]
+
+
+def linear(terms: list[tuple[float, LowRank]]) -> tuple[LowRank, ...]:
+    """Σ w·Δ as its terms."""
+    return cat([(weight, (delta,)) for weight, delta in terms], {})
 
 
 def dense_of(terms: list[tuple[float, LowRank]]) -> Tensor:
@@ -400,8 +404,8 @@ def test_svd_is_the_svd_of_the_dense_matrix(rank: int) -> None:
     dense = dense_of(terms)
     u, sigma, vt = torch.linalg.svd(dense, full_matrices=False)
     best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
-    result = svd(terms, rank=rank)
-    (delta,) = result.low_rank
+    result = truncate(linear(terms), rank=rank)
+    delta = result.delta
     assert delta.rank == min(rank, 11) and delta.scale == 1.0
     torch.testing.assert_close(delta.dense(), best, rtol=0, atol=1e-12 * float(sigma[0]))
     norm = torch.linalg.matrix_norm
@@ -416,13 +420,13 @@ def test_svd_by_energy() -> None:
     terms = terms_of(4)
     previous = 0
     for energy in (0.3, 0.9, 0.999, 1.0):
-        result = svd(terms, energy=energy)
-        rank = result.low_rank[0].rank
+        result = truncate(linear(terms), energy=energy)
+        rank = result.delta.rank
         assert result.relative_error**2 <= 1 - energy + 1e-14 and rank >= previous
         if rank > 1:
-            assert svd(terms, rank=rank - 1).relative_error ** 2 > 1 - energy
+            assert truncate(linear(terms), rank=rank - 1).relative_error ** 2 > 1 - energy
         previous = rank
-    assert svd(terms, rank=2, energy=0.999).low_rank[0].rank == 2
+    assert truncate(linear(terms), rank=2, energy=0.999).delta.rank == 2
 
 
 def test_truncation_is_deterministic_and_signs_are_fixed() -> None:

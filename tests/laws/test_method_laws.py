@@ -149,7 +149,7 @@ def test_refusals_name_what_is_wrong(world: loreg.Registry, merge) -> None:
     with pytest.raises(UsageError, match="neither rank nor energy"):
         world.compose("sql+humor", "x", method="ties")
     for method in ("svd", "ties"):
-        with pytest.raises(UsageError, match="svd.rank|ties:mergekit.rank"):
+        with pytest.raises(UsageError, match=r"svd\.rank|ties:mergekit\.rank"):
             world.compose("sql+humor", "x", method=method, rank=0)
-        with pytest.raises(UsageError, match="v_proj.*rank 10 is out of range"):
+        with pytest.raises(UsageError, match=r"v_proj.*rank 10 is out of range"):
             world.compose("sql+humor", "x", method=method, rank=10)

@@ -7,7 +7,7 @@ it is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_known(config: Config, known: Collection[str], path: Path) -> None:
-    """Raises Unsupported for a field that is set and not in ``known`` or COMMON."""
+def check_known(config: Config, known: Collection[str], path: Path, refused: Mapping[str, str] | None = None) -> None:
+    """Raises Unsupported for a field that is set and not in ``known`` or COMMON; ``refused`` has reasons for some."""
     for key, value in config.items():
         if key not in known and key not in COMMON and value:
-            raise Unsupported(f"{path}: {key} is {str(value)[:80]}, which is not handled; nothing was stored.")
+            reason = (refused or {}).get(key, "it is not handled")
+            raise Unsupported(f"{path}: {key} is {str(value)[:80]}: {reason}; nothing was stored.")
 
 
 def check_pattern(pattern: object, where: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loreg.adapters.draft import DraftModule, RawTensor
+from loreg.adapters.draft import Draft, DraftModule, RawTensor
+from loreg.format.fingerprint import BaseTensor
 
 PREFIX = "base_model.model."
 
@@ -16,12 +17,18 @@ Config: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """``modules`` by module path, ``full`` by tensor path; ``together``: keys of ``full`` tensors that replace a tied
-    weight in both its places."""
+    """``modules`` by module path, ``full`` by tensor path.
+
+    ``together``: keys of ``full`` tensors that replace a tied weight in both its places. ``unused``: keys of tensors
+    that change nothing in the model, or say again what another does; the file is then kept in one piece, so that it
+    can be given back. ``locate``: as in ``Draft``.
+    """
 
     modules: Mapping[str, DraftModule]
     full: Mapping[str, RawTensor]
     together: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    locate: Callable[[Draft, Mapping[str, BaseTensor]], Draft] | None = None
 
 
 ReadContents: TypeAlias = Callable[[Mapping[str, RawTensor], Config, Path], Contents]

@@ -46,33 +46,53 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits.double()
 
 
+def causal(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A saved causal model; one of another dtype in float64, so that nothing but its weights is rounded."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model if dtype is torch.float32 else model.double()
+
+
 def run_causal(folder: Path) -> torch.Tensor:
     """The logits of a saved causal model."""
-    return logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    return logits(causal(folder))
 
 
 def peft_adapter(
-    make: Callable[[], Any], config: Any, before: Callable[[Any], None] | None = None
+    make: Callable[[], Any],
+    config: Any,
+    before: Callable[[Any], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[Path], Built]:
     """A case's ``build``: the model with an adapter of ``config``, every trained parameter at random.
 
-    ``before``: something done to the base before the adapter is made, and before it is saved.
+    ``before``: something done to the base before it is saved. ``after``: to the saved one, before the adapter is
+    made, and before an exported one is loaded. ``dtype``: of the base's weights; where it is not float32, all outputs
+    are those of the same weights in float64.
     """
 
     def build(folder: Path) -> Built:
         base = make()
         if before is not None:
             before(base)
-        base.save_pretrained(folder / "base")
+        base.to(dtype).save_pretrained(folder / "base")
+        if after is not None or dtype is not torch.float32:  # `to` has rounded the tables of the positions as well
+            base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+        if after is not None:
+            after(base)
         model = peft.get_peft_model(base, config)
         randomise(model)
-        expected = logits(model)
         model.save_pretrained(folder / "adapter")
+        expected = logits(model if dtype is torch.float32 else model.double())
 
         def reload(exported: Path) -> torch.Tensor:
-            clean = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+            clean = causal(folder / "base", dtype)
+            if after is not None:
+                after(clean)
             return logits(peft.PeftModel.from_pretrained(clean, exported))
 
-        return Built(folder / "base", folder / "adapter", expected, run_causal, reload=reload)
+        return Built(
+            folder / "base", folder / "adapter", expected, lambda out: logits(causal(out, dtype)), reload=reload
+        )
 
     return build
