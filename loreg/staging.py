@@ -46,7 +46,10 @@ def scratch(out: Path, purpose: str, *, wait: bool = False) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.{purpose}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError as error:  # it was another's, who was done with it between the two calls
+            raise _just_written(out) from error
     except OSError as error:
         with suppress(OSError):
             folder.rmdir()
@@ -74,7 +77,11 @@ def _lock(descriptor: int, folder: Path, out: Path, wait: bool) -> None:
     except BlockingIOError as error:
         raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
     if not _is(folder, descriptor):
-        raise Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
+        raise _just_written(out)
+
+
+def _just_written(out: Path) -> Conflict:
+    return Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
 
 
 def _is(folder: Path, descriptor: int) -> bool:

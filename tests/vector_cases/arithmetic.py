@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from vector_cases.ordered import Refused
 from vector_cases.primitives import FLOATS
 from vector_cases.record import Vector, rejected, valid
 
@@ -41,10 +42,6 @@ def replace(value: Matrix, weight: str = "1") -> dict[str, Any]:
     return {"kind": "replace", "weight": weight, "value": value}
 
 
-class Refused(Exception):
-    """The definition has no value here."""
-
-
 def values(m: Matrix) -> list[Fraction]:
     try:
         return [FLOATS[m["dtype"]].value(word) for word in FLOATS[m["dtype"]].split(bytes.fromhex(m["hex"]))]
@@ -57,21 +54,26 @@ def merged(w: Matrix, terms: Sequence[dict[str, Any]], dtype: str) -> str:
     first = terms[0] if len(terms) == 1 else {"kind": None}
     if first["kind"] == "replace" and float(first["weight"]) == 1 and first["value"]["dtype"] == dtype:
         return str(first["value"]["hex"])
-    source, target = FLOATS[w["dtype"]], FLOATS[dtype]
-    words, before = source.split(bytes.fromhex(w["hex"])), values(w)
+    before = values(w)
     total = list(before)
     for term in terms:
         for index, value in enumerate(_contribution(term, before, w["shape"])):
             total[index] += value
+    return rounded(w, total, dtype)
+
+
+def rounded(w: Matrix, total: Sequence[Fraction], dtype: str) -> str:
+    """Exact sums, one for each element of W, as ``dtype`` in hex [A1, A3, A4]."""
+    source, target = FLOATS[w["dtype"]], FLOATS[dtype]
     out = []
-    for word, was, value in zip(words, before, total, strict=True):
+    for word, was, value in zip(source.split(bytes.fromhex(w["hex"])), values(w), total, strict=True):
         try:
-            rounded = target.nearest(value) if value else 0
+            nearest = target.nearest(value) if value else 0
         except OverflowError as error:
             raise Refused from error
         if not value and not was and source.negative(word):
-            rounded = 1 << (target.width - 1)
-        out.append(rounded)
+            nearest = 1 << (target.width - 1)
+        out.append(nearest)
     return target.join(out).hex()
 
 

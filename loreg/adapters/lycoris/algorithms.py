@@ -33,25 +33,21 @@ from loreg.errors import BadInput, Unsupported
 _EPSILON = 2.0**-23
 """Added to a norm: that of float32, in which LyCORIS keeps a magnitude whatever the dtype of the file."""
 
+_GLORA = "GLoRA, which is not handled"
+_TLORA = "T-LoRA, whose rank depends on the time step, and which no single weight can stand for"
+
 _REFUSED_PARTS: Mapping[str, str] = {
     "scalar": "a scalar, by which old versions of LyCORIS multiply and newer ones do not",
     "oft_diag": "OFT of LyCORIS 1, with the rotation itself, which newer versions do not load",
-    "w_norm": "a trained norm, and edits of vectors are not handled",
-    "b_norm": "a trained norm, and edits of vectors are not handled",
-    "a1.weight": "GLoRA, which is not handled",
-    "a2.weight": "GLoRA, which is not handled",
-    "b1.weight": "GLoRA, which is not handled",
-    "b2.weight": "GLoRA, which is not handled",
-    "bm.weight": "GLoRA, which is not handled",
-    "lambda_layer": "T-LoRA, whose rank depends on the time step, and which no single weight can stand for",
-    "p_layer.weight": "T-LoRA, whose rank depends on the time step, and which no single weight can stand for",
-    "q_layer.weight": "T-LoRA, whose rank depends on the time step, and which no single weight can stand for",
+    **dict.fromkeys(("w_norm", "b_norm"), "a trained norm, and edits of vectors are not handled"),
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), _GLORA),
+    **dict.fromkeys(("lambda_layer", "p_layer.weight", "q_layer.weight"), _TLORA),
 }
 
 _REFUSED_ALGORITHMS: Mapping[str, str] = {
     "dylora": "DyLoRA, trained with a scale of α/(its blocks) that LyCORIS does not load it with",
-    "glora": "GLoRA, which is not handled",
-    "tlora": "T-LoRA, whose rank depends on the time step, and which no single weight can stand for",
+    "glora": _GLORA,
+    "tlora": _TLORA,
 }
 
 

@@ -1,7 +1,10 @@
 """LoHa and LoKr as PEFT writes them (0.21, ``tuners/loha``, ``tuners/lokr``).
 
 Scale: α/r, with r and α of the config and its patterns, for LoKr too where both of its factors are whole and no
-tensor has r. Convolutions are the layers themselves: PEFT computes with their stride, padding, dilation and groups.
+tensor has r. But LoKr of PEFT 0.13 and older computed without any (fixed in #2180), and is what it was trained to be:
+its config has no ``rank_dropout_scale``. PEFT 0.14 and later load such a one with α/r.
+
+Convolutions are the layers themselves: PEFT computes with their stride, padding, dilation and groups.
 """
 
 from __future__ import annotations
@@ -49,10 +52,11 @@ def read_lokr(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> C
 def _module(form: str, path: str, parts: Mapping[str, RawTensor], config: Config) -> DraftModule:
     tensors = {part.partition("_")[2]: tensor for part, tensor in parts.items()}
     rank, alpha = from_patterns(path, config, "r", "alpha")
+    scale = alpha / rank if form == "loha" or "rank_dropout_scale" in config else 1.0
     whole = len(tensors["w2"].shape) if "w2" in tensors else 0
     # See the form: only for a Conv1d does PEFT let a whole w2 of three dimensions meet a matrix.
     parameters = {"align": "trailing" if whole == 3 else "leading"} if form == "lokr" else {}
-    term = checked(DraftTerm(form, tensors, alpha / rank, alpha, parameters), path)
+    term = checked(DraftTerm(form, tensors, scale, alpha, parameters), path)
     for role, tensor in tensors.items():
         if role in ("w1_b", "w2_b") and tensor.shape[0] != rank:
             raise BadInput(

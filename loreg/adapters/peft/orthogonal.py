@@ -48,7 +48,11 @@ def read_oft(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Co
 
 
 def read_boft(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Contents:
-    """See ``ReadContents``. The permutations, which PEFT 0.11 saved too, follow from the sizes."""
+    """See ``ReadContents``. The permutations, which PEFT 0.11 saved too, follow from the sizes.
+
+    PEFT 0.13 and older, whose configs have no ``exclude_modules``, took a convolution's weight for a matrix of its
+    inputs without transposing it, so that what they rotated were no inputs: refused.
+    """
     check_known(config, KNOWN_BOFT, path)
     found = sort(tensors, ("boft_R", "boft_s"), ("boft_P",))
     parameters = {"side": "in", "factor": 0.5, "total_limit": None, "order": "halves"}
@@ -56,6 +60,13 @@ def read_boft(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> C
         name: DraftModule((DraftTerm("boft", {"R": parts["boft_R"], "s": parts["boft_s"]}, 1.0, None, parameters),))
         for name, parts in found.modules.items()
     }
+    for name, parts in found.modules.items():
+        s = parts["boft_s"].shape  # (1, out) of a convolution, else (out, 1)
+        if "exclude_modules" not in config and s[0] == 1 < math.prod(s):
+            raise Unsupported(
+                f"Module {name!r} is a convolution by BOFT of PEFT 0.13 or older, which took the numbers of its "
+                "weight in another order than that of its inputs, as no later one does: merge it with that release."
+            )
     unused = [parts["boft_P"] for parts in found.modules.values() if "boft_P" in parts]
     return contents(modules, found.rest, config, unused)
 
@@ -138,7 +149,7 @@ class _Rotation:
         ):
             raise BadInput(
                 f"Module {self.path!r} of the adapter: expected {'one block' if self.shared else 'blocks'} for "
-                f"{into} inputs, as the base has, found R of shape {list(R)}; was the adapter trained on another base?"
+                f"{into} inputs, as the base has, found R of shape {list(R)}: was it trained on another base?"
             )
         limit = self.eps
         if limit is not None and self.eps_by_outputs:

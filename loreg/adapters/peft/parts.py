@@ -63,15 +63,23 @@ def contents(
     whole = saved.read(rest, config)
     kept = {tensor.key for tensor in whole.full.values()}
     idle = {tensor.key for tensor in (*unused, *rest.values())} - kept
-    locate = partial(_settled, settle) if settle else None
+    trained = str(config.get("bias") or "none")
+    locate = partial(_located, settle or {}, trained) if settle or trained != "none" else None
     return Contents(modules, whole.full, whole.together, frozenset(idle), locate)
 
 
-def _settled(settle: Mapping[str, Settle], draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
-    weights = {path: f"{path}.weight" for path in settle}
-    biases = {path: f"{path}.bias" for path in settle}
+def _located(settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
+    """``trained``: the config's ``bias``."""
+    weights = {path: f"{path}.weight" for path in draft.modules}
+    biases = {path: f"{path}.bias" for path in draft.modules}
     found = names.resolve([*weights.values(), *biases.values(), *draft.full], tensors)
     modules = dict(draft.modules)
+    for bias in biases.values():
+        if trained != "none" and bias in found and bias not in draft.full:
+            raise Unsupported(
+                f"The config's bias is {trained!r}, but the trained {bias!r} is not in the file: PEFT saves it only "
+                "since 0.21. If you can do without, set bias to 'none' in the config; else save the adapter again."
+            )
     for path, make in settle.items():
         if weights[path] not in found:
             raise BadInput(
@@ -95,7 +103,7 @@ def checked(term: DraftTerm, path: str) -> DraftTerm:
 def from_patterns(path: str, config: Config, rank: str, alpha: str) -> tuple[int, float]:
     """A module's rank and α by ``rank_pattern`` and ``alpha_pattern``, else the fields called ``rank`` and ``alpha``.
 
-    The first key of each, in the order of the file, that matches as ``(.*\\.)?(KEY)$`` (PEFT 0.14 and later,
+    The first key of each, in the order of the file, that matches as ``(.*\\.)?(KEY)$`` (PEFT 0.15 and later,
     ``utils/other.py``). Raises Unsupported where older PEFT meant others and the adapter does not say which wrote it.
     """
     patterns = [dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")]
@@ -107,6 +115,7 @@ def from_patterns(path: str, config: Config, rank: str, alpha: str) -> tuple[int
     if not config.get("peft_version") and found != older:
         raise Unsupported(
             f"Module {path!r}: rank_pattern and alpha_pattern overlap, by which rank and α are {found} in today's "
-            f"PEFT and {older} in older ones, and the adapter does not say which wrote it; give whole paths in its config."
+            f"PEFT and {older} in older ones, and the adapter does not say which wrote it: give whole paths in its "
+            "config."
         )
     return int(found[0]), float(found[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,22 @@ _LINEAR = ["q_proj", "k_proj", "down_proj"]
 _CONVOLUTIONS = ["0", "1", "2", "4", "5"]
 _RANKS = {"rank_pattern": {"q_proj": 2, "down.*": 3}, "alpha_pattern": {"k_proj": 3, ".*layers.1.mlp.down_proj": 5}}
 
+
+def _of_0_13(build: Callable[[Path], Built]) -> Callable[[Path], Built]:
+    """An adapter whose α/r is 1, with the config of a release that computed so whatever α was."""
+
+    def old(folder: Path) -> Built:
+        built = build(folder)
+        path = built.adapter / "adapter_config.json"
+        config = json.loads(path.read_text())
+        for field in ("rank_dropout_scale", "exclude_modules", "peft_version"):
+            del config[field]
+        path.write_text(json.dumps(config | {"alpha": 40}))
+        return Built(built.base, built.adapter, built.expected, built.run)
+
+    return old
+
+
 CASES = [
     Case(
         "LoHa: linear, rank and α patterns",
@@ -102,6 +119,12 @@ CASES = [
             llama,
             LoKrConfig(r=1, alpha=2, target_modules=_LINEAR, decompose_both=True, decompose_factor=4, **_RANKS),
         ),
+    ),
+    Case(
+        "LoKr of PEFT 0.13",
+        "PEFT",
+        _of_0_13(peft_adapter(llama, LoKrConfig(r=8, alpha=8, target_modules=_LINEAR))),
+        note="it had no scale (PEFT #2180); later releases load it with α/r",
     ),
     Case(
         "LoKr: convolutions, with whole factors",
