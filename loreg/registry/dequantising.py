@@ -7,14 +7,17 @@ from typing import Any
 
 from loreg import quantised
 from loreg.checkpoint import Advance, Checkpoint
-from loreg.errors import Unsupported, UsageError
+from loreg.errors import BadInput, Unsupported, UsageError
 from loreg.format.base import BaseManifest
 from loreg.format.recipe import DTYPE_NAMES
 
 
 def require_plain(checkpoint: Checkpoint) -> None:
     """Raises Unsupported, saying how to go on, if what is stored are codes and not the numbers of the model."""
-    scheme = quantised.of(checkpoint)
+    try:
+        scheme = quantised.of(checkpoint)
+    except BadInput:  # a broken config.json tells nothing; the tensors do
+        scheme = quantised.quantisation({}, {name: stored.info for name, stored in checkpoint.tensors.items()})
     if scheme is None:
         return
     scheme.require()

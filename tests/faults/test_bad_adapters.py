@@ -58,7 +58,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], object], type[LoregError], str]] 
     "a pickle": (_pickle, BadInput, "is not a state dict that loads without running code"),
     "no r": (lambda f: _edit(f, lambda c: c.pop("r")), BadInput, "r"),
     "no alpha": (lambda f: _edit(f, lambda c: c.pop("lora_alpha")), BadInput, "lora_alpha"),
-    "another method": (lambda f: _edit(f, lambda c: c.update(peft_type="LOHA")), Unsupported, "only 'LORA'"),
+    "another method": (lambda f: _edit(f, lambda c: c.update(peft_type="NEW")), Unsupported, "peft_type is 'NEW'"),
     "an unknown field": (lambda f: _edit(f, lambda c: c.update(new_field=2)), Unsupported, "new_field is 2"),
     "a tensor of no module": (
         lambda f: _tensors(f, lambda t: t.update({f"{PREFIX}model.other": t[A]})),

@@ -1,8 +1,8 @@
 """LoRA on ``torch.nn.MultiheadAttention``, whose ``in_proj_weight`` is a parameter of its own (PEFT since 0.14).
 
-PEFT adds the delta of ``out_proj`` twice, in every forward pass and so in training too: once by hand, and once more by
-the layer's own ``merge`` (0.21, ``tuners/lora/layer.py``, `MultiheadAttention.merge`; PEFT #3774). What was trained
-is W + 2·s·BA, and that is what is merged here.
+PEFT adds the delta of ``out_proj`` twice, in every forward pass and so in training too: once by hand, and once more
+by the layer's own ``merge`` (0.21, ``tuners/lora/layer.py``, `MultiheadAttention.merge`; PEFT #3774). What was
+trained is W + 2·s·BA, and that is what is merged here.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def _decomposed(path: str, term: DraftTerm, parts: Parts, config: Config) -> Dra
     """The term with its magnitude, where it is DoRA: PEFT's norms are of rows, as the layer has them, without ε."""
     if (_MAGNITUDE in parts) != bool(config.get("use_dora")):
         if _MAGNITUDE in parts:
-            raise Unsupported(f"Module {path!r} has DoRA's {_MAGNITUDE}, and use_dora is not set: not the config's.")
+            key = parts[_MAGNITUDE].key
+            raise Unsupported(f"Tensor {key!r} belongs to DoRA, and use_dora is not set: this is another's config.")
         raise BadInput(f"Module {path!r} of the adapter has no {_MAGNITUDE}, and use_dora is set: save it again.")
     if _MAGNITUDE not in parts:
         return term
