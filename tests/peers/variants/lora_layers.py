@@ -92,8 +92,8 @@ CASES = [
         "Conv1d, Conv2d, Conv3d",
         "PEFT",
         _adapted(_Convolutions, target_modules=_LAYERS),
-        note="PEFT's A has no dilation and no padding mode: beside a layer that has, no weight is what it computes, and "
-        "neither the adapter nor the base tells",
+        note="PEFT's A has no dilation and no padding mode: beside a layer that has, no weight is what it computes, "
+        "and neither the adapter nor the base tells",
     ),
     Case("Conv2d, rsLoRA", "PEFT", _adapted(_Convolutions, target_modules=["two"], use_rslora=True)),
     Case(
