@@ -161,6 +161,7 @@ def test_the_projections_of_vera_are_one_tensor_of_all_modules() -> None:
     assert first["A"] is second["A"]
     assert first["B"] is second["B"]
     assert first["lambda_b"] is not second["lambda_b"]
+    assert first["A"].digest() is first["A"].digest(), "hashed once, not for every module"
 
 
 @pytest.mark.parametrize("terms", range(1, 9))
@@ -236,6 +237,11 @@ def test_the_config_says_what_of_a_convolution_is_scaled(names: Any, expected: d
     assert _parameters(bound) == expected
 
 
+def _vera(out: int) -> Shapes:
+    shapes: Shapes = {"base_model.vera_A": (2, 8), "base_model.vera_B": (out, 2)}
+    return shapes | {"m.vera_lambda_b": (out,), "m.vera_lambda_d": (2,)}
+
+
 def _rotation(n: int) -> Shapes:
     return {"m.oft_R.weight": (n, 6)}
 
@@ -275,6 +281,20 @@ WRONG = {
         "ADALORA", ADALORA, {"m.lora_A.weight": (4, 8), "m.lora_B.weight": (6, 4)}, "no such tensor"
     ),
     "vera: no projections": Wrong("VERA", {}, {"m.vera_lambda_b": (6,), "m.vera_lambda_d": (2,)}, "weights lack"),
+    "vera: square, (in, out) of nobody knows which": Wrong(
+        "VERA", {"fan_in_fan_out": True}, _vera(8), "is square", {"m.weight": (8, 8)}, Unsupported
+    ),
+    "adalora: square, (in, out) of nobody knows which": Wrong(
+        "ADALORA",
+        ADALORA | {"fan_in_fan_out": True},
+        {"m.lora_A": (4, 8), "m.lora_B": (8, 4), "m.lora_E": (4, 1)},
+        "is square",
+        {"m.weight": (8, 8)},
+        Unsupported,
+    ),
+    "ia3: square, (in, out) of nobody knows which": Wrong(
+        "IA3", {"fan_in_fan_out": True}, {"m.ia3_l": (8, 1)}, "is square", {"m.weight": (8, 8)}, Unsupported
+    ),
     "vera: too narrow": Wrong(
         "VERA",
         {},

@@ -47,7 +47,6 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Conten
         )
     scale = (alpha if alpha > 0 else float(rho)) / (rho + _NEGLIGIBLE)
     modules: dict[str, DraftModule] = {}
-    unused: list[RawTensor] = []
     for name, parts in found.modules.items():
         roles = {role: parts[part] for role, part in _PARTS.items()}
         term = checked(DraftTerm("adalora", roles, scale, alpha), name)
@@ -58,9 +57,7 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Conten
             )
         if term.rank:
             modules[name] = DraftModule((term,), in_out_hint=bool(config.get("fan_in_fan_out")))
-        else:
-            unused.extend(roles.values())
-    return contents(modules, found.rest, config, unused)
+    return contents(modules, found.rest, config)
 
 
 def _kept(config: Config, path: Path, rho: int) -> dict[str, int]:

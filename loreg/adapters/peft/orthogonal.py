@@ -67,8 +67,7 @@ def read_boft(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> C
                 f"Module {name!r} is a convolution by BOFT of PEFT 0.13 or older, which took the numbers of its "
                 "weight in another order than that of its inputs, as no later one does: merge it with that release."
             )
-    unused = [parts["boft_P"] for parts in found.modules.values() if "boft_P" in parts]
-    return contents(modules, found.rest, config, unused)
+    return contents(modules, found.rest, config)
 
 
 def _oft(name: str, parts: Mapping[str, RawTensor], config: Config, path: Path) -> _Rotation:

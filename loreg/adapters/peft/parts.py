@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -55,17 +55,14 @@ def contents(
     modules: Mapping[str, DraftModule],
     rest: Mapping[str, RawTensor],
     config: Config,
-    unused: Iterable[RawTensor] = (),
     settle: Mapping[str, Settle] | None = None,
 ) -> Contents:
     """The modules with what is saved whole of the ``rest``. ``settle``: of modules that have no terms without a base;
     they are in ``modules`` too, with all that is known of them."""
     whole = saved.read(rest, config)
-    kept = {tensor.key for tensor in whole.full.values()}
-    idle = {tensor.key for tensor in (*unused, *rest.values())} - kept
     trained = str(config.get("bias") or "none")
     locate = partial(_located, settle or {}, trained) if settle or trained != "none" else None
-    return Contents(modules, whole.full, whole.together, frozenset(idle), locate)
+    return Contents(modules, whole.full, whole.together, locate=locate)
 
 
 def _located(settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
