@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from loreg.adapters import fusions, models, tying
 from loreg.adapters.bound import Binding, BoundFull, BoundModule
-from loreg.adapters.draft import Draft, DraftModule
+from loreg.adapters.draft import Draft, DraftModule, DraftTerm
 from loreg.errors import BadInput, Unsupported
 from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
@@ -169,14 +169,25 @@ def _fitting(module: DraftModule, weight: BaseTensor) -> set[str]:
         return set()
     rows, columns = _matrix(weight.shape, stacked)
     size = _size(module)
+    shapes = {OUT_IN: (rows, columns), IN_OUT: (columns, rows)}
     fits = {
         orientation
-        for orientation, shape in ((OUT_IN, (rows, columns)), (IN_OUT, (columns, rows)))
+        for orientation, shape in shapes.items()
         if all(wanted in (None, there) for wanted, there in zip(size, shape, strict=True))
     }
+    # Sizes alone do not tell of a rotation; if neither is taken, ``forms.check`` says why.
+    fits = {each for each in fits if all(_takes(term, shapes[each]) for term in module.terms)} or fits
     if len(weight.shape) > 2 and not stacked:
         return fits & {OUT_IN}  # a convolution has its outputs first
     return fits & {IN_OUT} if module.embedding else fits
+
+
+def _takes(term: DraftTerm, out_in: tuple[int, int]) -> bool:
+    try:
+        forms.FORMS[term.form].fits(term.shapes, term.parameters, out_in)
+    except BadInput:
+        return False
+    return True
 
 
 def _missing(name: str, tensors: Mapping[str, BaseTensor]) -> BadInput:

@@ -219,6 +219,11 @@ def dense(shapes: Shapes, parameters: Parameters) -> Size:
     return shapes["value"][0], prod(shapes["value"][1:])
 
 
+def replaced(shapes: Shapes, parameters: Parameters) -> Size:
+    rows, columns = shapes["value"][0], prod(shapes["value"][1:])
+    return (columns, rows) if parameters["turned"] else (rows, columns)
+
+
 def ia3(shapes: Shapes, parameters: Parameters) -> Size:
     return (_vector(shapes, "l") if parameters["on"] == "out" else None), None
 

@@ -231,6 +231,13 @@ FORMS: Mapping[str, Form] = {
         reads_base=True,
         decomposes=False,
     ),
+    "replaced": Form(
+        ("value",),
+        sizes.replaced,
+        parameters={"turned": lambda fields, name: fields.flag(name)},
+        reads_base=True,
+        decomposes=False,
+    ),
     "rows": Form(
         ("rows",),
         sizes.rows,

@@ -13,11 +13,12 @@ from loreg.format.fields import Fields
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm, TensorRef, bias_term_from, term_from
 
-_NO_MATRIX = ("conv", "experts")
+_NO_MATRIX = ("conv", "experts", "vector")
 
 KINDS = ("linear", "conv1d", "embedding", *_NO_MATRIX)
 """What a module is. ``conv1d`` is the GPT-2 layer that stores its weight as (in, out); ``conv`` a convolution, whose
-weight (out, in / groups, …) is taken as a matrix of ``out`` rows; ``experts`` a stack of matrices."""
+weight (out, in / groups, …) is taken as a matrix of ``out`` rows; ``experts`` a stack of matrices; ``vector`` has but
+one dimension, as a norm's weight, and is taken as a matrix of one column."""
 
 OUT_IN, IN_OUT = "out_in", "in_out"
 """How a checkpoint stores a weight: (out, in), ΔW = s·BA; or (in, out), ΔW = s·(BA)ᵀ [M4]."""
@@ -61,6 +62,8 @@ class Module:
     @property
     def view(self) -> tuple[int, ...]:
         """The shape that its edit has: the matrix, or one for each expert."""
+        if self.kind == "vector":
+            return self.matrix[:1]
         return (self.shape[0], *self.matrix) if self.kind == "experts" else self.matrix
 
     @property
@@ -115,6 +118,11 @@ class Module:
         module._check(fields.path, rank)
         return module
 
+    def _is_stored_so(self, shape: tuple[int, ...]) -> bool:
+        if self.kind == "vector":
+            return shape == self.view and self.orientation == OUT_IN and self.in_features == 1
+        return len(shape) > 2 and prod(shape) == prod(self.view) and shape[0] == self.view[0]
+
     def _check(self, path: str, rank: int) -> None:
         if not self.terms:  # [M4]
             raise BadInput(f"{path}.terms: expected at least one term.")
@@ -126,9 +134,7 @@ class Module:
             raise BadInput(f"{path}: bias_tensor and bias_terms are given together, or not at all.")
         for bias in self.bias_terms:
             bias.check((self.out_features, 1), path)
-        if self.stored is not None and (
-            len(self.stored) < 3 or prod(self.stored) != prod(self.view) or self.stored[0] != self.view[0]
-        ):  # [M4]
+        if self.stored is not None and not self._is_stored_so(self.stored):  # [M4]
             raise BadInput(
                 f"{path}.stored: expected a shape of {list(self.view)} elements, found {list(self.stored)}."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,8 @@ class AdapterInput:
         ``base``: brings the weight in the shape of ``module.view``; asked only by forms that read it.
         """
         module = self.manifest.modules[path]
+        if module.kind == "vector":
+            return self._vector_edit(path, module.terms, base, device)
         out_in = module.out_features, module.in_features
         turned = module.orientation == IN_OUT
         edit = WeightedSum()
@@ -68,15 +70,25 @@ class AdapterInput:
 
     def bias_edit(self, path: str, base: Base, device: torch.device = CPU) -> WeightedSum:
         """What the module at ``path`` does to its bias (out,), unweighted, on ``device``."""
-        module = self.manifest.modules[path]
+        return self._vector_edit(path, self.manifest.modules[path].bias_terms, base, device)
+
+    def _vector_edit(
+        self, path: str, terms: Sequence[LowRankTerm | BiasTerm | FormTerm], base: Base, device: torch.device
+    ) -> WeightedSum:
+        """Terms of a vector (n,): to a form it is a matrix of one column."""
         edit = WeightedSum()
-        for index, term in enumerate(module.bias_terms):
+        for index, term in enumerate(terms):
             if isinstance(term, BiasTerm):
                 ((name, _),) = term.named(path, index)
                 edit += WeightedSum(dense=(Dense(self._factors.tensor(name).to(device), term.scale),))
-            else:
-                found = self._formed(term, (module.out_features, 1), lambda: base()[:, None], device)
+            elif isinstance(term, FormTerm):
+                size = self.manifest.modules[path].out_features, 1
+                found = self._formed(term, size, lambda: base()[:, None], device)
+                if found.low_rank:
+                    raise BadInput(f"{self.label} has factors for the vector of {path!r}: expected numbers.")
                 edit += WeightedSum(dense=tuple(value.reshape((-1,)) for value in found.dense))
+            else:
+                raise BadInput(f"{self.label} has factors for the vector of {path!r}: expected numbers.")
         return edit
 
     def _formed(self, term: FormTerm, out_in: tuple[int, int], base: Base, device: torch.device) -> WeightedSum:

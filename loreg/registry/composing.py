@@ -13,17 +13,19 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, NotFound, Unsupported, UsageError
 from loreg.format import methods
 from loreg.format.base import BaseReference
-from loreg.format.manifest import Provenance, Tie
-from loreg.format.module import FullTensor, Module
+from loreg.format.fingerprint import BaseTensor
+from loreg.format.manifest import AdapterManifest, Provenance, Tie
+from loreg.format.module import IN_OUT, OUT_IN, FullTensor, Module
 from loreg.format.recipe import Recipe
 from loreg.format.reference import check_name, check_tag, format_weight, parse_expression
+from loreg.format.terms import FormTerm
 from loreg.merge.combining import Combining, arithmetic_of
 from loreg.registry.bases import check_files
 from loreg.registry.building import Builder, Factored, Part, SideBySide, Truncating
 from loreg.registry.core import Registry, Version, silent
 from loreg.registry.exporting import tensor_reader
 from loreg.registry.merging import adapter_input, choose_device, same_base
-from loreg.registry.packing import Package
+from loreg.registry.packing import Package, reference
 
 _SUMS = ("linear", "cat", "svd")
 """Methods for which a replaced tensor is what it is: the others make something else of its difference to the base."""
@@ -77,7 +79,9 @@ def compose(
     else:
         builder = Factored(parts, package, full_name, given, target)
     modules = {path: _built(builder, path) for path in _paths(parts)}
-    full = _full(parts, package, full_name)
+    base = parts[0].manifest.base
+    known = registry.bases.of_root(base.identity.weights_root, base.name)
+    full = _replaced(parts, package, modules, full_name, known.manifest.by_name() if known else {})
     provenance = _provenance(parts, full_name, given)
     manifest, blobs = package.finish(_base(parts), modules, full, None, provenance, _ties(parts))
     error = math.sqrt(builder.error / builder.total) if builder.total else 0.0
@@ -134,7 +138,18 @@ def _paths(parts: Sequence[Part]) -> list[str]:
     return sorted(owner.values())
 
 
-def _full(parts: Sequence[Part], package: Package, method: str) -> dict[str, FullTensor]:
+def _replaced(
+    parts: Sequence[Part],
+    package: Package,
+    modules: dict[str, Module],
+    method: str,
+    known: Mapping[str, BaseTensor],
+) -> dict[str, FullTensor]:
+    """What of the parts replaces a tensor: as it is, where one alone does, at weight 1, and nothing else happens to
+    the tensor; else a term of a module, which at weight w adds w·(R - W). ``modules`` gets these.
+
+    ``known``: the base's tensors, if the base is registered here.
+    """
     full: dict[str, FullTensor] = {}
     for part in parts:
         for name, tensor in part.manifest.replaced().items():
@@ -143,13 +158,58 @@ def _full(parts: Sequence[Part], package: Package, method: str) -> dict[str, Ful
                     f"{part.input.label} replaces {name!r}, which {method} cannot make an adapter of: merge the "
                     "expression instead."
                 )
-            if name in full or part.weight != 1:
-                raise Unsupported(
-                    f"{part.input.label} replaces {name!r}: a replaced tensor can be composed only at weight 1 and "
-                    "from one adapter, as its difference to the base is not in the adapter; merge the expression."
-                )
-            full[name] = package.full(part.read(f"full:{name}"), tensor.module)
+            others = [p for p in parts if p is not part and name in changed(p.manifest)]
+            if part.weight == 1 and not others:
+                full[name] = package.full(part.read(f"full:{name}"), tensor.module)
+                continue
+            _check_mixable(part, name, known.get(name))
+            path, module = _module_of(name, tensor, modules)
+            modules[path] = _with_replacement(module, name, part, package)
     return full
+
+
+def changed(manifest: AdapterManifest) -> set[str]:
+    """The tensors of the checkpoint that an adapter changes."""
+    weights = {module.tensor for module in manifest.modules.values()}
+    return weights | {m.bias_tensor for m in manifest.modules.values() if m.bias_tensor} | set(manifest.replaced())
+
+
+def _check_mixable(part: Part, name: str, stored: BaseTensor | None) -> None:
+    if stored is not None and stored.shape != part.manifest.full[name].value.shape:
+        raise Unsupported(f"{part.input.label} resizes {name!r}: only one adapter can, at weight 1.")
+    if name not in part.manifest.base.touched:
+        raise Unsupported(
+            f"{part.input.label} adds {name!r}, which its base does not have: only one can, at weight 1."
+        )
+    own = (module for module in part.manifest.modules.values() if name in (module.tensor, module.bias_tensor))
+    if any(not module.plain for module in own):
+        raise Unsupported(
+            f"{part.input.label} replaces {name!r} and adapts what it put there, which at another weight, or beside "
+            "another adapter, is no sum: merge the expression instead."
+        )
+
+
+def _module_of(name: str, tensor: FullTensor, modules: Mapping[str, Module]) -> tuple[str, Module]:
+    """The composed module that has the tensor as its weight or bias; a new one without terms if there is none."""
+    for path, module in modules.items():
+        if name in (module.tensor, module.bias_tensor):
+            return path, module
+    shape = tensor.value.shape
+    kind = {1: "vector", 2: "linear"}.get(len(shape), "conv")
+    path = name.removesuffix(".weight") if name.removesuffix(".weight") not in modules else name
+    stored = None if kind == "linear" else shape
+    return path, Module(name, kind, OUT_IN, math.prod(shape[1:]), shape[0], (), stored=stored)
+
+
+def _with_replacement(module: Module, name: str, part: Part, package: Package) -> Module:
+    raw = part.read(f"full:{name}")
+    value, bias = reference(raw), name == module.bias_tensor
+    turned = not bias and module.orientation == IN_OUT
+    term = FormTerm("replaced", 0, None, 1.0, part.weight, {"value": value}, {"turned": turned})
+    package.factors[value.content_name] = raw
+    if bias:
+        return replace(module, bias_terms=(*module.bias_terms, term))
+    return replace(module, terms=(*module.terms, term))
 
 
 def _base(parts: Sequence[Part]) -> BaseReference:

@@ -324,3 +324,25 @@ def test_the_truth_that_merges_are_compared_with_rounds_as_numpy_does() -> None:
         assert tiny.encode(tiny.rounded(Fraction(float(x)), "F16"), "F16", x < 0) == np.float16(x).tobytes()
     with pytest.raises(OverflowError):
         tiny.rounded(Fraction(65520), "F16")
+
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.5, 1), (1, -0.25), (0.3, 0.7)])
+def test_replaced_tensors_compose_at_any_weight(
+    pushed: loreg.Registry, tmp_path: Path, weights: tuple[float, float]
+) -> None:
+    """A norm's weight and an adapted matrix, each replaced by two adapters: composed and merged as one."""
+    rng, stored = np.random.default_rng(3), tiny.contents(tmp_path / "base" / "model.safetensors")
+    terms = ["sql", "0.5*humor"]
+    for index, weight in enumerate(weights):
+        full = {name: tiny.normal(rng, stored[name].dtype, *stored[name].shape) for name in (tiny.NORM, f"{Q}.weight")}
+        name = pushed.push(tiny.write_adapter(tmp_path / f"full{index}", {}, full=full), base="base").name
+        terms.append(f"{'- ' if weight < 0 else ''}{abs(weight)!r}*{name}")
+    expression = joined(terms)
+    pushed.compose(expression, "mixed")
+    once = pushed.merge("mixed", tmp_path / "once", verify="exact")
+    assert once.weights_root == pushed.merge(expression, tmp_path / "again").weights_root
+    pushed.compose("0.5*mixed", "halved")
+    halved = pushed.merge("halved", tmp_path / "halved", verify="exact")
+    assert halved.weights_root == pushed.merge("0.5*mixed", tmp_path / "halved-again").weights_root
+    assert pushed.unmerge(tmp_path / "halved", tmp_path / "back").matches_base

@@ -407,7 +407,8 @@ def test_shards_side_files_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     result = dequantise(Checkpoint.open(folder), tmp_path / "out", "BF16", seen.append)
     assert sorted(path.name for path in result.out.iterdir()) == [
-        "a.safetensors", "c.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json",
+        "a.safetensors", "c.safetensors", "config.json", "loreg-derived.json", "model.safetensors.index.json",
+        "tokenizer.json",
     ]  # fmt: skip
     weight = "model.layers.0.mlp.down_proj.weight"
     plain = Checkpoint.open(result.out)

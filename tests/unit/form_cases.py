@@ -209,6 +209,8 @@ CASES = {
     "ia3-in": Case("ia3", {"l": (3,)}, (4, 6), parameters={"on": "in"}),
     "ia3-in-grouped": Case("ia3", {"l": (6,)}, (4, 6), parameters={"on": "in", "groups": 2}),
     "ia3-out": Case("ia3", {"l": (4, 1)}, (4, 6), parameters={"on": "out", "neutral": 0}),
+    "replaced": Case("replaced", {"value": (4, 3, 2)}, (4, 6), parameters={"turned": False}),
+    "replaced-turned": Case("replaced", {"value": (6, 4)}, (4, 6), parameters={"turned": True}),
     "rows": Case("rows", {"rows": (2, 4)}, (4, 6), parameters={"indices": [5, 0]}),
     "oft": Case("oft", {"R": (2, 3, 3), "s": (4, 1)}, (4, 6), exact=False, parameters=OFT),
     "oft-triangles": Case("oft", {"R": (3, 3)}, (4, 8), exact=False, parameters=OFT),

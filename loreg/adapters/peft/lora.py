@@ -14,14 +14,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loreg.adapters.draft import DraftModule, DraftTerm, RawTensor
+from loreg.adapters import names
+from loreg.adapters.draft import Draft, DraftModule, DraftTerm, RawTensor
 from loreg.adapters.peft import attention, initial, lora_fields, parameters, saved, tokens
 from loreg.adapters.peft.config import CONFIG, first_match
 from loreg.adapters.peft.contents import PREFIX, Config, Contents
+from loreg.adapters.peft.parts import require_biases
 from loreg.errors import BadInput, Unsupported
+from loreg.format.fingerprint import BaseTensor
 
 _PART = re.compile(
     r"(?P<path>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB])"
@@ -68,7 +72,17 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path, first: Pa
     used.update(raw.key for parts in found.parts.values() for raw in parts.values())
     repeated = (module for module in (*modules.values(), *rows.values()) if module.repeats)
     used.difference_update(raw.key for module in repeated for term in module.terms for raw in term.tensors.values())
-    return Contents({**modules, **rows}, whole.full, whole.together, unused=frozenset(set(tensors) - used))
+    locate = partial(_with_biases, config.get("bias") or "none")
+    return Contents(
+        {**modules, **rows}, whole.full, whole.together, unused=frozenset(set(tensors) - used), locate=locate
+    )
+
+
+def _with_biases(trained: str, draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
+    """The draft as it is, unless trained biases of its layers are lost. ``trained``: the config's ``bias``."""
+    found = names.resolve([f"{path}.{part}" for path in draft.modules for part in ("weight", "bias")], tensors)
+    require_biases(trained, [f"{path}.bias" for path in draft.modules if f"{path}.bias" in found], draft)
+    return replace(draft, locate=None)
 
 
 def alpha_of(path: str, config: Config) -> float:

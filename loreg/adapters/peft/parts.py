@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -71,12 +71,7 @@ def _located(settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: 
     biases = {path: f"{path}.bias" for path in draft.modules}
     found = names.resolve([*weights.values(), *biases.values(), *draft.full], tensors)
     modules = dict(draft.modules)
-    for bias in biases.values():
-        if trained != "none" and bias in found and bias not in draft.full:
-            raise Unsupported(
-                f"The config's bias is {trained!r}, but the trained {bias!r} is not in the file: PEFT saves it only "
-                "since 0.21. If you can do without, set bias to 'none' in the config; else save the adapter again."
-            )
+    require_biases(trained, [bias for bias in biases.values() if bias in found], draft)
     for path, make in settle.items():
         if weights[path] not in found:
             raise BadInput(
@@ -86,6 +81,16 @@ def _located(settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: 
         made = make(tensors[found[weights[path]]].shape, biases[path] in found)
         modules[path] = replace(modules[path], terms=made.terms, bias_terms=made.bias_terms)
     return replace(draft, modules=modules, locate=None)
+
+
+def require_biases(trained: str, biases: Iterable[str], draft: Draft) -> None:
+    """Raises Unsupported where the config's ``bias`` says that ``biases`` were trained, and the file has not all."""
+    lost = [bias for bias in biases if bias not in draft.full]
+    if trained != "none" and lost:
+        raise Unsupported(
+            f"The config's bias is {trained!r}, but the trained {lost[0]!r} is not in the file: some PEFT releases "
+            "fail to save it. If you can do without, set bias to 'none' in the config; else save the adapter again."
+        )
 
 
 def checked(term: DraftTerm, path: str) -> DraftTerm:

@@ -29,6 +29,7 @@ FORMS: Mapping[str, Form] = {
     "locon": lycoris.locon,
     "dense": lycoris.dense,
     "ia3": scaled.ia3,
+    "replaced": scaled.replaced,
     "rows": scaled.rows,
     "oft": orthogonal.oft,
     "boft": orthogonal.boft,

@@ -54,6 +54,17 @@ def _fits(l: Tensor, W: Tensor, groups: int) -> bool:  # noqa: E741
     return n > 0 and n % groups == 0 and W.shape[0] % groups == 0 and W.shape[1] % (n // groups) == 0
 
 
+def replaced(term: Term) -> WeightedSum:
+    """Another tensor in the weight's place: ``value``, of the weight's elements; ``turned``: it is (in, out).
+
+    The terms (value, -W): at an outer weight w that is w·(value - W), exactly. It says in a module what a manifest's
+    ``full`` says at weight 1.
+    """
+    value, W = term.tensors["value"], term.base()
+    matrix = value.reshape(value.shape[0], -1)
+    return WeightedSum(dense=(Dense(matrix.mT if term.parameters["turned"] else matrix), Dense(W, -1.0)))
+
+
 def rows(term: Term) -> WeightedSum:
     """Trained token rows: column ``indices``[i] of the weight becomes ``rows``[i].
 
