@@ -22,13 +22,18 @@ def staged(out: Path, identity: Digest, *, wait: bool = False) -> Iterator[Path]
     again and not piled up. Raises Conflict if ``out`` is taken, or another process is at the same work; with
     ``wait``, only once that one has finished.
     """
+    require_free(out)
+    with scratch(out, f"{identity.short}.partial", wait=wait) as folder:
+        yield folder
+        _put(folder, out)
+
+
+def require_free(out: Path) -> None:
+    """Conflict unless ``out`` can become a new directory."""
     if out.resolve() == Path.cwd():
         raise Conflict(f"{out or '.'} is the directory that this runs in: choose a new one.")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise Conflict(f"{out} exists and is not an empty directory: choose another, or remove it first.")
-    with scratch(out, f"{identity.short}.partial", wait=wait) as folder:
-        yield folder
-        _put(folder, out)
 
 
 def refuse_inside(out: Path, root: Path) -> None:

@@ -166,6 +166,16 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
     return whole.double()
 
 
+@torch.no_grad()
+def square_norm(deltas: Sequence[LowRank]) -> float:
+    """‖Σ c·B·A‖² in the Frobenius norm, from the triangles of the stacked factors: no (m, n) matrix is formed.
+
+    Float64; off by about 2⁻⁵³ of (Σ‖cB‖‖A‖)², which is what is left where terms cancel.
+    """
+    left, right = stacked(deltas)
+    return float((triangle(left) @ triangle(right.T).T).square().sum())
+
+
 def truncate(deltas: Sequence[LowRank], rank: int | None = None, energy: float | None = None) -> Truncated:
     """The sum Σ c·B·A of ``deltas`` (one shape (m, n), ranks adding up to R), truncated by its SVD.
 

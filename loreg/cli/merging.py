@@ -50,6 +50,8 @@ def _parameters(options: dict[str, Any]) -> dict[str, Any]:
         key, equals, value = text_.partition("=")
         if not equals or not key:
             raise UsageError(f"{text_!r} is no parameter: expected --param NAME=VALUE, such as --param lambda=0.5.")
+        if key in given:
+            raise UsageError(f"{key} is given twice, as {given[key]} and as {value}: give it once.")
         try:
             given[key] = json.loads(value)
         except ValueError:
@@ -164,7 +166,7 @@ def compose(console: Console, /, expression: str, name: str, **options: Any) -> 
     """
     parameters = _parameters(options)
     with console.open() as registry:
-        composed = registry.compose(expression, name, **options, **parameters)
+        composed = registry.compose(expression, name, parameters=parameters, **options)
     console.emit(
         {**version_document(composed.version), "method": composed.method, "relative_error": composed.relative_error},
         version_text(

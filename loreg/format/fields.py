@@ -73,9 +73,11 @@ class Fields:
     def real(self, key: str) -> float:
         """A finite double. An integer stands for the same double: RFC 8785 writes 2.0 as 2."""
         value = self.take(key)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            self.refuse(key, "a finite number", value)
-        return float(value)
+        try:
+            number = float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        return number if math.isfinite(number) else self.refuse(key, "a finite number", value)
 
     def optional_real(self, key: str) -> float | None:
         if self._rest.get(key, 0) is None:

@@ -327,12 +327,13 @@ def parameters(name: str, given: Mapping[str, Any], truncated: bool = False) -> 
     name, row = method(name)
     known, given = {**row.parameters, **(_TRUNCATION if truncated else {})}, dict(given)
     if "inner" in known:
-        inner = given.setdefault("inner", known["inner"].default)
-        if isinstance(inner, str) and inner + _DEFINITION in _DENSE:
-            inner = given["inner"] = inner + _DEFINITION
-        known |= _DENSE[inner].parameters if inner in _DENSE else {}
+        asked = str(given.get("inner", known["inner"].default))
+        inner = given["inner"] = asked if asked in _DENSE else asked + _DEFINITION
+        if inner not in _DENSE:
+            raise UsageError(f"the method {name} has no inner {asked!r}: choose one of {', '.join(_DENSE)}.")
+        known |= _DENSE[inner].parameters
     for key in sorted(given):
-        if key not in known and given.get("inner", "") in ("", *_DENSE):
+        if key not in known:
             takes = ", ".join(known) or "none"
             raise UsageError(f"the method {name} has no parameter {key!r}: its parameters are {takes}.")
     for key, parameter in known.items():

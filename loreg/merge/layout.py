@@ -61,6 +61,7 @@ class Layout:
     known: Mapping[str, BaseTensor]
     untied: Mapping[str, str]
     dtype: str | None
+    method: str = "linear"
 
     def checked(self, edits: Mapping[str, TensorEdit], config: Mapping[str, Any]) -> dict[str, TensorEdit]:
         """The edits of what is stored, each with the origin that it needs. Raises BadInput, Unsupported."""
@@ -90,7 +91,7 @@ class Layout:
         stored = self.source(name)
         if stored is None:
             return self._check_new(name, edit, config)
-        edit = _resizing(name, edit, stored.info.shape)
+        edit = _resizing(name, edit, stored.info.shape, self.method)
         resized = edit.origin.replacement if edit.origin else None
         shape = resized.value.shape if resized else stored.info.shape
         for part in edit.parts:
@@ -102,7 +103,8 @@ class Layout:
                 raise BadInput(f"{part.adapter.label} takes {name!r} for another kind of layer than the others do.")
         if edit.parts or edit.origin:
             self._check_shared(name, edit, shape, config)
-        if stored.info.dtype not in DTYPES and edit.parts and edit.replaces() is None:
+        copied = edit.replaces() is not None and self.method == "linear"
+        if stored.info.dtype not in DTYPES and edit.parts and not copied:
             raise Unsupported(f"{name!r} is stored as {stored.info.dtype}: merging handles {', '.join(DTYPES)}.")
         return edit
 
@@ -154,7 +156,9 @@ class Layout:
         return tuple(shards), (base.index.name, original if unchanged else _index(original, shards))
 
     def _output(self, name: str, edit: TensorEdit) -> OutputTensor:
-        stored, replacing = self.source(name), edit.replaces()
+        stored = self.source(name)
+        # To another method than a sum a replacement is a delta like any other, whatever its weight.
+        replacing = edit.replaces() if stored is None or self.method == "linear" else None
         replacement = replacing.replacement if replacing else None
         if stored is None:
             if replacement is None:
@@ -175,7 +179,7 @@ class Layout:
         return OutputTensor(TensorInfo(name, target, stored.info.shape, 0, 0), action, stored, content, edit)
 
 
-def _resizing(name: str, edit: TensorEdit, shape: tuple[int, ...]) -> TensorEdit:
+def _resizing(name: str, edit: TensorEdit, shape: tuple[int, ...], method: str) -> TensorEdit:
     """The edit with the one replacement of another shape, such as an embedding with more words, as its origin."""
     changing = [part for part in edit.parts if part.replacement and part.replacement.value.shape != shape]
     if not changing or changing[0].replacement is None:
@@ -186,6 +190,8 @@ def _resizing(name: str, edit: TensorEdit, shape: tuple[int, ...]) -> TensorEdit
             f"{adapter.label} replaces {name!r} of shape {list(shape)} by one of {list(found)}: a tensor can gain or "
             "lose rows, by one adapter at weight 1."
         )
+    if method != "linear":
+        raise Unsupported(f"{adapter.label} resizes {name!r}, for which {method} is not defined: merge by linear.")
     return edit.starting_from(changing[0])
 
 

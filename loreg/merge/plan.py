@@ -104,7 +104,7 @@ def plan_merge(
     config: dict[str, Any] = {}
     with suppress(BadInput):  # a broken config.json tells nothing, and so counts as unknown
         config = base.config()
-    layout = Layout(base, base_manifest.by_name(), untied, dtype)
+    layout = Layout(base, base_manifest.by_name(), untied, dtype, method)
     edits = layout.checked(edits_of(kept), config)
     shards, index = layout.shards(edits)
     return MergePlan(

@@ -96,7 +96,8 @@ class Subject:
     @cached_property
     def layout(self) -> Layout:
         """Where the tensors of the merged model come from, by the recipe."""
-        return Layout(self.base, self.base_manifest.by_name(), untied_of(self.adapters), self.record.recipe.dtype)
+        recipe, known = self.record.recipe, self.base_manifest.by_name()
+        return Layout(self.base, known, untied_of(self.adapters), recipe.dtype, recipe.method)
 
     @cached_property
     def outputs(self) -> Mapping[str, OutputTensor]:

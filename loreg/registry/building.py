@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -13,8 +14,9 @@ from loreg.adapters.folding import raw_of
 from loreg.algebra import factor_space
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.algebra.densify import dense_delta
+from loreg.algebra.factor_space import Adapters
 from loreg.algebra.rounding import round_to
-from loreg.algebra.truncate import truncate, truncate_dense
+from loreg.algebra.truncate import square_norm, truncate, truncate_dense
 from loreg.checkpoint import StoredTensor
 from loreg.errors import Unsupported
 from loreg.format.manifest import AdapterManifest
@@ -23,6 +25,9 @@ from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.merge.combining import Combining, mask_key
 from loreg.merge.inputs import AdapterInput, values
 from loreg.registry.packing import Package, reference
+
+_COMFORTABLE = 32
+"""Factors of up to two to this, and down to its inverse, are stored as they are."""
 
 _T = TypeVar("_T", LowRankTerm | FormTerm, BiasTerm | FormTerm)
 
@@ -128,10 +133,7 @@ class Factored:
             )
         turned = found[0][1].orientation == IN_OUT
         given = [(part.weight, self._factors(part, path, turned)) for part in self.parts]
-        whole = {**self.parameters, "rank": None, "energy": None, "keys": self._keys(found[0][1].tensor)}
-        # The truncated sum is the sum, truncated: what is done here for every method.
-        made = factor_space.METHODS["cat" if self.method == "svd" else self.method](given, whole)
-        delta = self._truncated(made)
+        delta = self._combined(given, self._keys(found[0][1].tensor))
         term = _stored(delta, found[0][1], self.package, path)
         return replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
 
@@ -139,15 +141,22 @@ class Factored:
         seed = self.parameters.get("seed", 0)
         return tuple(mask_key(seed, part.input.digest, tensor) for part in self.parts)
 
-    def _truncated(self, deltas: tuple[LowRank, ...]) -> LowRank:
-        rank, energy = self.parameters.get("rank"), self.parameters.get("energy")
-        if rank is None and energy is None:
-            return deltas[0] if len(deltas) == 1 else concatenate(deltas, torch.float64)
-        result = truncate(deltas, rank=rank, energy=energy)
-        total = float(result.singular_values.square().sum())
-        self.total += total
-        self.error += result.relative_error**2 * total
-        return result.delta
+    def _combined(self, given: Adapters, keys: tuple[int, ...]) -> LowRank:
+        """What the method makes of a module's factors; what its truncation loses is added to the account."""
+        limits = {name: self.parameters.get(name) for name in ("rank", "energy")}
+        if self.method == "svd":
+            result = truncate(factor_space.METHODS["cat"](given, {}), **limits)
+            total = float(result.singular_values.square().sum())
+            self.total += total
+            self.error += result.relative_error**2 * total
+            return result.delta
+        made = factor_space.METHODS[self.method](given, {**self.parameters, "keys": keys})
+        if any(limit is not None for limit in limits.values()):
+            unlimited = {**self.parameters, **dict.fromkeys(limits), "keys": keys}
+            whole = factor_space.METHODS[self.method](given, unlimited)
+            self.total += square_norm(whole)
+            self.error += square_norm((*whole, *(-delta for delta in made)))
+        return made[0] if len(made) == 1 else concatenate(made, torch.float64)
 
     def _factors(self, part: Part, path: str, turned: bool) -> tuple[LowRank, ...]:
         if path not in part.manifest.modules:
@@ -223,6 +232,7 @@ def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[Low
 
 def _stored(delta: LowRank, module: Module, package: Package, path: str) -> LowRankTerm | FormTerm:
     """A delta in module orientation as a term with float32 factors and its own scale; they go into ``package``."""
+    delta = _in_range(delta)
     A, B = (raw_of(f"{path}.lora_{part}.0", _single(x)) for part, x in (("A", delta.right), ("B", delta.left)))
     if module.stored is None:
         term: LowRankTerm | FormTerm = LowRankTerm(delta.rank, None, delta.scale, reference(A), reference(B))
@@ -231,6 +241,17 @@ def _stored(delta: LowRank, module: Module, package: Package, path: str) -> LowR
         term = FormTerm("lora", delta.rank, None, delta.scale, 1.0, tensors, {"groups": 1})
     _keep(package, path, [term], [A, B])
     return term
+
+
+def _in_range(delta: LowRank) -> LowRank:
+    """The same delta, with powers of two moved into its scale where float32 would not hold its factors."""
+    for side in ("left", "right"):
+        factor = getattr(delta, side).double()
+        exponent = math.frexp(float(factor.abs().max()))[1]
+        if abs(exponent) > _COMFORTABLE and factor.any():
+            scale = math.ldexp(delta.scale, exponent)
+            delta = replace(delta, scale=scale, **{side: torch.ldexp(factor, torch.tensor(-exponent))})
+    return delta
 
 
 def _single(factor: torch.Tensor) -> torch.Tensor:

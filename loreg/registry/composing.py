@@ -10,7 +10,7 @@ from typing import Any
 
 from loreg.checkpoint import StoredTensor
 from loreg.digest import Digest
-from loreg.errors import BadInput, NotFound, Unsupported, UsageError
+from loreg.errors import BadInput, BaseMismatch, NotFound, Unsupported, UsageError
 from loreg.format import methods
 from loreg.format.base import BaseReference
 from loreg.format.fingerprint import BaseTensor
@@ -24,7 +24,7 @@ from loreg.registry.bases import check_files
 from loreg.registry.building import Builder, Factored, Part, SideBySide, Truncating
 from loreg.registry.core import Registry, Version, silent
 from loreg.registry.exporting import tensor_reader
-from loreg.registry.merging import adapter_input, choose_device, same_base
+from loreg.registry.merging import adapter_input, choose_device
 from loreg.registry.packing import Package, reference
 
 _SUMS = ("linear", "cat", "svd")
@@ -68,22 +68,21 @@ def compose(
     if not parts:
         raise UsageError(f"{expression!r} has no term of a weight other than 0: there is nothing to compose.")
     methods.check_count(full_name, given, len(parts))
-    same_base([(part.input.label, part.manifest) for part in parts])
+    base = common_base(registry, parts)
     package = Package()
     builder: Builder
     if full_name == "linear":
         builder = SideBySide(parts, package)
     elif dense:
         combining = Combining(tuple(part.input for part in parts), full_name, given)
-        builder = Truncating(parts, package, combining, target, BaseTensors(registry, parts))
+        builder = Truncating(parts, package, combining, target, BaseTensors(registry, base))
     else:
         builder = Factored(parts, package, full_name, given, target)
     modules = {path: _built(builder, path) for path in _paths(parts)}
-    base = parts[0].manifest.base
     known = registry.bases.of_root(base.identity.weights_root, base.name)
     full = _replaced(parts, package, modules, full_name, known.manifest.by_name() if known else {})
-    provenance = _provenance(parts, full_name, given)
-    manifest, blobs = package.finish(_base(parts), modules, full, None, provenance, _ties(parts))
+    provenance = _provenance(base, parts, full_name, given)
+    manifest, blobs = package.finish(base, modules, full, None, provenance, _ties(parts))
     error = math.sqrt(builder.error / builder.total) if builder.total else 0.0
     return Composed(registry.commit_version(name, manifest, blobs, wanted, note), full_name, error)
 
@@ -103,17 +102,17 @@ def part_of(registry: Registry, version: Version, weight: float) -> Part:
 class BaseTensors:
     """Tensors of the base that the parts were trained on; its files are looked for when the first is asked for."""
 
-    def __init__(self, registry: Registry, parts: Sequence[Part]) -> None:
-        self._registry, self._parts = registry, parts
+    def __init__(self, registry: Registry, reference: BaseReference) -> None:
+        self._registry, self._reference = registry, reference
 
     @cached_property
     def _tensors(self) -> Mapping[str, StoredTensor]:
-        reference = self._parts[0].manifest.base
+        reference = self._reference
         base = self._registry.bases.of_root(reference.identity.weights_root, reference.name)
         if base is None:
             raise NotFound(
-                f"{self._parts[0].input.label} changes weights in a way that depends on their values, and base "
-                f"{reference.name!r} is not registered here: add it with 'loreg base add'."
+                f"An adapter changes weights in a way that depends on their values, and base {reference.name!r} is "
+                "not registered here: add it with 'loreg base add'."
             )
         checkpoint = base.open()
         check_files(base, checkpoint, self._registry.bases.cache, silent)
@@ -212,12 +211,30 @@ def _with_replacement(module: Module, name: str, part: Part, package: Package) -
     return replace(module, terms=(*module.terms, term))
 
 
-def _base(parts: Sequence[Part]) -> BaseReference:
-    first = parts[0].manifest.base
+def common_base(registry: Registry, parts: Sequence[Part]) -> BaseReference:
+    """The base of a composition, with all tensors that the parts touch: theirs, if they have one root; else one of
+    theirs that is registered here and has every tensor as each of them names it. Raises BaseMismatch."""
     touched: dict[str, Digest] = {}
     for part in parts:
-        touched.update(part.manifest.base.touched)
-    return replace(first, touched=touched)
+        for name, leaf in part.manifest.base.touched.items():
+            if touched.setdefault(name, leaf) != leaf:
+                raise BaseMismatch(
+                    f"{part.input.label} was trained on another base than the other adapters: they differ in "
+                    f"{name!r}; compose adapters of one base."
+                )
+    references = {part.manifest.base.identity.weights_root: part.manifest.base for part in parts}
+    if len(references) == 1:
+        return replace(parts[0].manifest.base, touched=touched)
+    for root, found in sorted(references.items()):
+        known = registry.bases.of_root(root, found.name)
+        leaves = {tensor.name: tensor.leaf for tensor in known.manifest.tensors} if known else {}
+        if all(leaves.get(name) == leaf for name, leaf in touched.items()):
+            return replace(found, touched=touched)
+    named = ", ".join(sorted(f"{found.name!r} ({root})" for root, found in references.items()))
+    raise BaseMismatch(
+        f"The adapters were trained on {named}, and none of these has the tensors of all of them, as far as they are "
+        "registered here: compose adapters of one base."
+    )
 
 
 def _ties(parts: Sequence[Part]) -> dict[str, Tie]:
@@ -233,10 +250,10 @@ def _ties(parts: Sequence[Part]) -> dict[str, Tie]:
     return ties
 
 
-def _provenance(parts: Sequence[Part], method: str, parameters: Mapping[str, Any]) -> Provenance:
+def _provenance(base: BaseReference, parts: Sequence[Part], method: str, parameters: Mapping[str, Any]) -> Provenance:
     dense = methods.METHODS[method].space == "dense"
     recipe = Recipe.of(
-        parts[0].manifest.base.identity.weights_root,
+        base.identity.weights_root,
         [(part.input.digest, part.weight) for part in parts],
         method=method,
         parameters=parameters,

@@ -342,10 +342,10 @@ class Registry:
         *,
         method: str = "linear",
         rank: int | None = None,
+        parameters: Mapping[str, Any] | None = None,
         device: str = "cpu",
         tags: Iterable[str] = (),
         note: str | None = None,
-        **parameters: Any,
     ) -> Composed:
         """Store what a method makes of adapters as a version of ``name``.
 
@@ -356,7 +356,7 @@ class Registry:
         """
         from loreg.registry.composing import compose
 
-        given = {**parameters, **({"rank": rank} if rank is not None else {})}
+        given = {**(parameters or {}), **({"rank": rank} if rank is not None else {})}
         return compose(self, expression, name, method=method, parameters=given, device=device, tags=tags, note=note)
 
     def resize(self, reference: str, name: str | None = None, **options: Any) -> Resized:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -100,6 +100,7 @@ def extract(
         advance(pair.tuned.info.nbytes)
     if not work.modules and not work.full:
         raise UsageError(_nothing(known, other, bool(pairs.left_out)))
+    _check_rank(limits.rank, [pair.tuned.info.shape for pair in pairs.selected])
     ties = {head: tie for head, tie in pairs.ties.items() if {head, tie.to} & work.changed}
     names = [*work.changed, *(tie.to for tie in ties.values())]
     reference = replace(known.reference(), touched=packing.touched(known.manifest, sorted(names)))
@@ -115,6 +116,13 @@ def extract(
     version = registry.commit_version(name, manifest, blobs, wanted, note)
     error = math.sqrt(work.error / work.total) if work.total else 0.0
     return Extracted(version, error, tuple(work.tensors), pairs.left_out)
+
+
+def _check_rank(rank: int | None, shapes: Sequence[tuple[int, ...]]) -> None:
+    """UsageError for a rank that no tensor can have; one above that of some is their own greatest."""
+    largest = max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=1)
+    if rank is not None and rank > largest:
+        raise UsageError(f"rank {rank} is above that of any of the tensors: expected at most {largest}.")
 
 
 def _model(registry: Registry, found: Base, advance: Advance) -> Model:

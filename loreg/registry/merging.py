@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +15,8 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
-from loreg.format import methods
+from loreg.format import canonical_json, methods
 from loreg.format.base import BaseManifest, BaseReference, HubPin
-from loreg.format.manifest import AdapterManifest
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
 from loreg.format.reference import parse_expression
 from loreg.merge.inputs import AdapterInput
@@ -29,7 +28,7 @@ from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, Version, silent
 from loreg.registry.dequantising import dequantise, require_plain
-from loreg.staging import scratch
+from loreg.staging import require_free, scratch
 
 if TYPE_CHECKING:
     from loreg.registry.bases import LeafCache
@@ -102,28 +101,29 @@ def merge(
         raise UsageError(f"{dtype!r} is not an output dtype: expected bfloat16, float16 or float32.")
     target = choose_device(device)
     full_name, row = methods.method(method)
-    if row.space == "factors" or full_name == "cat":
-        expression = _composed(registry, expression, full_name, parameters, device)
-        full_name, parameters = "linear", {}
     given = methods.parameters(full_name, parameters)
     adapters = resolve_terms(registry, expression)
-    methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters) or 1)
+    if full_name != "linear":
+        methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters))
     stage = progress or (lambda label, total: silent)
     with (
         _base_for(registry, adapters, base, out, stage) as stored,
         _plain(stored, out, dequantize, stage) as found,
     ):
-        plan = plan_merge(
+        planned = partial(
+            plan_merge,
             found.checkpoint,
             found.manifest,
-            adapters,
-            method=full_name,
-            parameters=given,
             hub=found.hub,
             dtype=_DTYPES[dtype.lower()] if dtype else None,
             allow_mismatch=allow_base_mismatch,
             known=_known_checkpoints(registry, adapters),
         )
+        if row.space == "factors" or full_name == "cat":
+            planned(adapters)  # whatever is refused is refused before a version is made
+            require_free(out)
+            adapters, full_name, given = [_composed(registry, adapters, full_name, given, device)], "linear", {}
+        plan = planned(adapters, method=full_name, parameters=given)
 
         def check(folder: Path, record: MergeRecord) -> Verification:
             subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
@@ -132,16 +132,21 @@ def merge(
         return write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
 
 
-def _composed(registry: Registry, expression: str, method: str, parameters: Mapping[str, Any], device: str) -> str:
-    """The expression's factors combined, as a version that the recipe can name by its digest; a reference to it.
+def _composed(
+    registry: Registry, adapters: Sequence[AdapterInput], method: str, parameters: Mapping[str, Any], device: str
+) -> AdapterInput:
+    """The factors of the adapters combined, as a version that the recipe can name by its digest.
 
-    LAPACK does not give the same bits everywhere: what it gave is stored, and the merge of that is reproducible.
+    LAPACK does not give the same bits everywhere: what it gave is stored, and the merge of that is reproducible. The
+    version's name is the method and a digest of what it is made of, so that it is in nobody's way.
     """
     from loreg.registry.composing import compose
 
-    name = re.sub(r"[^a-z0-9]+", "-", f"{method} of {expression}".lower()).strip("-")[:128]
-    composed = compose(registry, expression, name, method=method, parameters=parameters, device=device)
-    return f"{name}@{composed.version.digest}"
+    terms = [f"{'-' if a.weight < 0 else '+'} {abs(a.weight)!r}*{a.digest}" for a in adapters if a.weight != 0]
+    made_of = canonical_json.dumps({"terms": sorted(terms), "method": method, "parameters": dict(parameters)})
+    name = f"{method}-{Digest.of(made_of).short}"
+    composed = compose(registry, " ".join(terms), name, method=method, parameters=parameters, device=device)
+    return adapter_input(registry, composed.version, 1.0)
 
 
 class _Found(NamedTuple):
@@ -256,26 +261,36 @@ def _known_checkpoints(registry: Registry, adapters: Sequence[AdapterInput]) -> 
 def unmerge(registry: Registry, merged: Path, out: Path, base: str | Path | None, advance: Advance) -> Unmerged:
     """See ``Registry.unmerge``."""
     checkpoint, record = Checkpoint.open(merged), require_record(merged)
-    known = _recorded_base(registry, record, base, advance)
-    files = known.open()
-    manifest = check_files(known, files, registry.bases.cache, advance)
-    root = unmerge_from_base(checkpoint, record, files, manifest, out, advance)
+    with _base_of(registry, record, base, out, advance) as found:
+        root = unmerge_from_base(checkpoint, record, found.checkpoint, found.manifest, out, advance)
     return Unmerged(out, root, root == record.recipe.base, "base")
 
 
-def _recorded_base(registry: Registry, record: MergeRecord, base: str | Path | None, advance: Advance) -> Base:
-    """The base that a merge names: the given one if it is that, else the registered one."""
+@contextmanager
+def _base_of(
+    registry: Registry, record: MergeRecord, base: str | Path | None, beside: Path, advance: Advance
+) -> Iterator[_Found]:
+    """The base that a merge names: the given one if it is that, else the registered one, made again if need be."""
     wanted = record.recipe.base
+
+    def stage(label: str, total: int) -> Advance:
+        return advance
+
     if base is not None:
         given = registry.bases.find(base, advance)
-        if given.manifest.identity.weights_root != wanted:
-            found = given.manifest.identity.weights_root
+        found = given.manifest.identity.weights_root
+        if found != wanted:
             raise BaseMismatch(f"The merge was made from base {wanted}, and {base} is {found}: give that base.")
-        return given
+        yield _open_checked(given, registry.bases.cache, stage)
+        return
     known = registry.bases.of_root(wanted)
-    if known is None:
-        raise NotFound(f"The merge was made from base {wanted}, which is not registered here: give --base PATH.")
-    return known
+    at_hand = known is not None and known.path is not None and known.path.exists()
+    references: list[BaseReference] = []
+    if not at_hand:
+        with suppress(NotFound):  # then it is the base that is said to be missing
+            references = [adapter.manifest.base for adapter in recipe_inputs(registry, record.recipe)]
+    with _recorded(registry, wanted, references, beside, stage) as files:
+        yield files
 
 
 def verify(
@@ -288,11 +303,10 @@ def verify(
     if not (folder / RECORD).is_file() and (not folder.is_dir() or _is_version(registry, str(subject))):
         return _verify_version(registry, str(subject))
     record = require_record(folder)
-    known = _recorded_base(registry, record, base, advance)
-    checkpoint = known.open()
-    manifest = check_files(known, checkpoint, registry.bases.cache, advance)
-    adapters = recipe_inputs(registry, record.recipe)
-    return run_verification(kind, Subject.of(folder, record, checkpoint, manifest, adapters), advance)
+    with _base_of(registry, record, base, registry.home / "verify", advance) as found:
+        adapters = recipe_inputs(registry, record.recipe)
+        merge_ = Subject.of(folder, record, found.checkpoint, found.manifest, adapters)
+        return run_verification(kind, merge_, advance)
 
 
 def _is_version(registry: Registry, text: str) -> bool:
@@ -330,19 +344,3 @@ def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank
         terms = factors(adapter, path, target)
         deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
     return deltas
-
-
-def same_base(manifests: Sequence[tuple[str, AdapterManifest]]) -> None:
-    """Raise BaseMismatch unless all were trained on one base: equal roots, or equal leaves where they meet."""
-    label, first = manifests[0]
-    for other, manifest in manifests[1:]:
-        if manifest.base.identity.weights_root == first.base.identity.weights_root:
-            continue
-        shared = set(first.base.touched) & set(manifest.base.touched)
-        differing = sorted(name for name in shared if first.base.touched[name] != manifest.base.touched[name])
-        if differing or not shared:
-            named = f"they differ in {differing[0]!r}" if differing else "they adapt no tensor in common"
-            raise BaseMismatch(
-                f"{label} was trained on {first.base.name!r} and {other} on {manifest.base.name!r}, which are not "
-                f"the same weights: {named}; compose adapters of one base."
-            )

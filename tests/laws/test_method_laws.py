@@ -120,7 +120,7 @@ def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Re
     else:
         terms = ["0.7*sql", "0.4*humor"]
     parameters = {"rank": 3} if "rank" in METHODS[method].parameters else {}
-    found = [world.compose(" + ".join(order), "both", method=method, **parameters) for order in (terms, terms[::-1])]
+    found = [world.compose(" + ".join(order), "both", method=method, parameters=parameters) for order in (terms, terms[::-1])]
     assert found[0].version.digest == found[1].version.digest
 
 
@@ -128,10 +128,10 @@ def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Re
 def test_a_dense_method_is_composed_by_truncation(world: loreg.Registry, merge, method: str) -> None:
     # At the full rank nothing is lost but what float32 factors round.
     expression = "+".join(names_for(method))
-    composed = world.compose(expression, "whole", method=method, energy=1.0, **PARAMETERS.get(method, {}))
+    composed = world.compose(expression, "whole", method=method, parameters={"energy": 1.0, **PARAMETERS.get(method, {})})
     assert composed.relative_error < 1e-6
     assert composed.version.manifest.provenance.recipe.arithmetic == "float64-lapack"
-    truncated = world.compose(expression, "part", method=method, rank=1, **PARAMETERS.get(method, {}))
+    truncated = world.compose(expression, "part", method=method, rank=1, parameters=PARAMETERS.get(method))
     assert truncated.relative_error > 0.1 and truncated.version.manifest.rank == 1
 
 

@@ -141,7 +141,7 @@ def _defaults() -> list[Vector]:
         label = name.replace(":", "-")
         vectors.append(_valid(label, f"{name}, as it is by default.", clauses, name, {}, (4, 5), *terms))
         if "density" in DEFAULTS[name]:
-            thin = {"density": 0.58, **({"gamma": 0.1} if "gamma" in DEFAULTS[name] else {})}
+            thin = {"density": 0.58, **({"gamma": 0.09} if "gamma" in DEFAULTS[name] else {})}
             vectors.append(
                 _valid(f"{label}-thin", f"{name} that drops elements.", clauses, name, thin, (4, 5), *THREE)
             )
@@ -247,7 +247,7 @@ def _angles() -> list[Vector]:
         case("slerp-zero", "A delta of zeros is at a right angle.", "slerp", {}, ("1", [x]), ("3", [zero]), **small),
         case("slerp-right", "A right angle, a third of the way.", "slerp", {}, *right, shape=(4,)),
         case("slerp-near", "Nearly parallel, and not yet a line.", "slerp", {}, ("1", [of("F32", (2,), 1, 0.0)]),
-             ("3", [of("F32", (2,), 1, 0.0625)]), shape=(2,)),
+             ("3", [of("F32", (2,), 1, 0.0390625)]), shape=(2,)),
         case("slerp-nearer", "Nearer: a line.", "slerp", {}, ("1", [of("F32", (2,), 1, 0.0)]),
              ("3", [of("F32", (2,), 1, 0.03125)]), shape=(2,)),
         case("slerp-beyond", "A share below 0.", "slerp", {}, ("2", [x]), ("-0.5", [values("y", 3, 2)]), **small),
@@ -262,6 +262,8 @@ def _angles() -> list[Vector]:
              ("-0.5", [values("y", 3, 2)]), **small),
         case("nuslerp-nearly-cancel", "A sum of weights of 1e-7: equal shares.", "nuslerp", {}, ("1", [x]),
              ("-0.9999999", [values("y", 3, 2)]), **small),
+        case("nuslerp-near", "Nearly parallel ones have an angle.", "nuslerp", {}, ("1", [of("F32", (2,), 1, 0)]),
+             ("2", [of("F32", (2,), 1, 2.0**-6)]), shape=(2,)),
         case("nuslerp-parallel", "Parallel deltas.", "nuslerp", {}, *same, **small),
         case("nuslerp-negative", "A sum of weights below 0.", "nuslerp", {}, ("-1", [x]),
              ("-2", [values("y", 3, 2)]), **small),

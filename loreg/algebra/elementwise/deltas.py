@@ -63,6 +63,8 @@ class Deltas:
         for weight in self.weights:
             if not math.isfinite(weight) or weight == 0:
                 raise UsageError(f"a delta has weight {weight}, expected a finite number other than 0.")
+        if not math.isfinite(sum(map(abs, self.weights))):
+            raise UsageError(f"the weights {self.weights} have no finite sum: expected smaller numbers.")
         object.__setattr__(self, "values", tuple(value.contiguous() for value in self.values))
 
     @property
