@@ -326,7 +326,6 @@ def test_the_truth_that_merges_are_compared_with_rounds_as_numpy_does() -> None:
         tiny.rounded(Fraction(65520), "F16")
 
 
-
 @pytest.mark.parametrize("weights", [(1, 1), (0.5, 1), (1, -0.25), (0.3, 0.7)])
 def test_replaced_tensors_compose_at_any_weight(
     pushed: loreg.Registry, tmp_path: Path, weights: tuple[float, float]
@@ -335,7 +334,9 @@ def test_replaced_tensors_compose_at_any_weight(
     rng, stored = np.random.default_rng(3), tiny.contents(tmp_path / "base" / "model.safetensors")
     terms = ["sql", "0.5*humor"]
     for index, weight in enumerate(weights):
-        full = {name: tiny.normal(rng, stored[name].dtype, *stored[name].shape) for name in (tiny.NORM, f"{Q}.weight")}
+        full = {
+            name: tiny.normal(rng, stored[name].dtype, *stored[name].shape) for name in (tiny.NORM, f"{Q}.weight")
+        }
         name = pushed.push(tiny.write_adapter(tmp_path / f"full{index}", {}, full=full), base="base").name
         terms.append(f"{'- ' if weight < 0 else ''}{abs(weight)!r}*{name}")
     expression = joined(terms)

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import loreg
-from loreg.errors import UsageError
+from loreg.errors import BaseMismatch, Conflict, UsageError
 from loreg.format.methods import METHODS
 
 Q, V = tiny.Q, tiny.V
@@ -120,7 +120,10 @@ def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Re
     else:
         terms = ["0.7*sql", "0.4*humor"]
     parameters = {"rank": 3} if "rank" in METHODS[method].parameters else {}
-    found = [world.compose(" + ".join(order), "both", method=method, parameters=parameters) for order in (terms, terms[::-1])]
+    found = [
+        world.compose(" + ".join(order), "both", method=method, parameters=parameters)
+        for order in (terms, terms[::-1])
+    ]
     assert found[0].version.digest == found[1].version.digest
 
 
@@ -128,7 +131,9 @@ def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Re
 def test_a_dense_method_is_composed_by_truncation(world: loreg.Registry, merge, method: str) -> None:
     # At the full rank nothing is lost but what float32 factors round.
     expression = "+".join(names_for(method))
-    composed = world.compose(expression, "whole", method=method, parameters={"energy": 1.0, **PARAMETERS.get(method, {})})
+    composed = world.compose(
+        expression, "whole", method=method, parameters={"energy": 1.0, **PARAMETERS.get(method, {})}
+    )
     assert composed.relative_error < 1e-6
     assert composed.version.manifest.provenance.recipe.arithmetic == "float64-lapack"
     truncated = world.compose(expression, "part", method=method, rank=1, parameters=PARAMETERS.get(method))
@@ -153,3 +158,81 @@ def test_refusals_name_what_is_wrong(world: loreg.Registry, merge) -> None:
             world.compose("sql+humor", "x", method=method, rank=0)
         with pytest.raises(UsageError, match=r"v_proj.*rank 10 is out of range"):
             world.compose("sql+humor", "x", method=method, rank=10)
+
+
+def test_iso_c_truncates_before_it_makes_singular_values_equal(world: loreg.Registry) -> None:
+    composed = world.compose("sql + humor", "iso", method="iso_c", rank=2).version
+    (delta, *_) = [value for path, value in world.load(str(composed)).items() if path == Q]
+    total = sum(term.dense() for term in (world.load("sql")[Q], world.load("humor")[Q]))
+    u, sigma, vt = torch.linalg.svd(total)
+    expected = float(sigma[:2].mean()) * u[:, :2] @ vt[:2]
+    torch.testing.assert_close(delta.dense(), expected, rtol=1e-5, atol=1e-6 * float(sigma[0]))
+
+
+def test_adapters_of_different_bases_do_not_compose(world: loreg.Registry, tmp_path: Path) -> None:
+    model = dict(tiny.contents(Path(world.show_base("base").path) / "model.safetensors").items())
+    other = tiny.write_model(tmp_path / "other", {**model, f"{V}.weight": model[f"{V}.weight"].flipped(1)})
+    factors = {V: tiny.factors(np.random.default_rng(1), 9, 9, 2)}
+    world.push(tiny.write_adapter(tmp_path / "alien", factors), base=other, name="alien")
+    only_q = {Q: tiny.factors(np.random.default_rng(2), 12, 20, 2)}
+    world.push(tiny.write_adapter(tmp_path / "only-q", only_q), base="base", name="only-q")
+    for method in ("linear", "task_arithmetic"):
+        with pytest.raises(BaseMismatch):
+            world.compose(
+                "alien + sql", "mixed", method=method, parameters={"energy": 1.0} if method != "linear" else {}
+            )
+    # They touch nothing in common, so that each fits the other's base: the one that has both is the base.
+    composed = world.compose("alien + only-q", "mixed").version.manifest.base
+    assert composed.identity.weights_root == world.resolve("alien").manifest.base.identity.weights_root
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher", "ties", "model_stock"])
+def test_a_replaced_tensor_is_a_delta_to_every_method(world: loreg.Registry, tmp_path: Path, method: str) -> None:
+    rng = np.random.default_rng(5)
+    full = {f"{V}.weight": tiny.normal(rng, "BF16", 9, 9)}
+    world.push(tiny.write_adapter(tmp_path / "saved", {}, full=full), base="base", name="saved")
+    parameters = PARAMETERS.get(f"{method}:mergekit", {})
+
+    def merged(expression: str, dtype: str, out: str) -> tiny.Array:
+        world.merge(expression, tmp_path / out, method=method, parameters=parameters, dtype=dtype, verify="exact")
+        return tiny.contents(tmp_path / out / "model.safetensors")[f"{V}.weight"].values.astype(np.float64)
+
+    once = merged("sql + saved", "float32", "once")
+    np.testing.assert_allclose(merged("sql + saved", "bfloat16", "narrow"), once, rtol=2**-8)
+    assert np.abs(once - full[f"{V}.weight"].values).max() > 0.01
+
+
+def test_a_refused_merge_by_factors_makes_no_version(world: loreg.Registry, tmp_path: Path) -> None:
+    before = len(world.list_versions())
+    other = tiny.write_model(tmp_path / "other", {f"{V}.weight": tiny.normal(np.random.default_rng(1), "BF16", 9, 9)})
+    with pytest.raises(BaseMismatch):
+        world.merge("sql + humor", tmp_path / "out", base=other, method="svd", parameters={"rank": 2})
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(Conflict):
+        world.merge("sql + humor", tmp_path / "taken", method="svd", parameters={"rank": 2})
+    assert len(world.list_versions()) == before
+    world.merge("sql + humor", tmp_path / "out", method="svd", parameters={"rank": 2})
+    world.merge("humor + sql", tmp_path / "again", method="svd", parameters={"rank": 2})
+    assert len(world.list_versions()) == before + 1
+
+
+def test_no_parameter_is_dropped_without_a_word(world: loreg.Registry, tmp_path: Path) -> None:
+    for given in ({"inner": "ties", "lamda": 7}, {"density": 0.5, "inner": "nuslerpp"}, {"inner": ["ties"]}):
+        with pytest.raises(UsageError, match=r"inner|lamda"):
+            world.merge("sql + humor", tmp_path / "out", method="ties", parameters=given)
+        with pytest.raises(UsageError, match=r"inner|lamda"):
+            world.compose("sql + humor", "x", method="knots", parameters=given)
+    with pytest.raises(UsageError, match="a finite number"):
+        world.merge("sql", tmp_path / "out", method="ties", parameters={"lambda": 10**400})
+    with pytest.raises(UsageError, match="no finite sum"):
+        world.merge("1e308*sql + 1e308*humor", tmp_path / "out", method="ties")
+
+
+def test_factors_beyond_float32_keep_their_error(world: loreg.Registry) -> None:
+    for weight in ("1e-90", "1e60"):
+        composed = world.compose(f"{weight}*sql", "far", method="svd", rank=2)
+        delta, truth = world.load(str(composed.version))[Q].dense(), float(weight) * world.load("sql")[Q].dense()
+        lost = float(torch.linalg.matrix_norm(truth - delta) / torch.linalg.matrix_norm(truth))
+        assert abs(lost - world.compose("sql", "near", method="svd", rank=2).relative_error) < 0.5
+        assert 0 < lost < 1
