@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vector_cases import arithmetic, containers, documents, expressions, manifests
+from vector_cases import (
+    arithmetic,
+    containers,
+    documents,
+    expressions,
+    form_cases,
+    manifest_forms,
+    method_cases,
+    recipe_cases,
+)
 from vector_cases.record import Vector
 
 FOLDER = Path(__file__).resolve().parent.parent / "spec" / "vectors"
@@ -26,12 +35,15 @@ KINDS: dict[str, Callable[[], list[Vector]]] = {
     "safetensors": containers.safetensors,
     "canonical_safetensors": containers.canonical_safetensors,
     "base": documents.base,
-    "manifests": manifests.manifests,
-    "recipes": documents.recipes,
+    "manifests": manifest_forms.manifests,
+    "recipes": recipe_cases.recipes,
     "merge_records": documents.merge_records,
+    "derived": documents.derived,
     "references": expressions.references,
     "expressions": expressions.expressions,
     "arithmetic": arithmetic.arithmetic,
+    "forms": form_cases.forms,
+    "methods": method_cases.methods,
 }
 
 

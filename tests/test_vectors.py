@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -14,227 +13,32 @@ import jsonschema
 import make_vectors
 import pytest
 import safetensors
-import torch
+import vector_documents
+import vector_sums
 
-from loreg.algebra.delta import Dense, LowRank
-from loreg.algebra.edits import WeightedSum
-from loreg.digest import Digest, fingerprint
 from loreg.errors import BadInput, LoregError, UsageError
-from loreg.format import canonical_json
-from loreg.format.base import BaseManifest
-from loreg.format.fingerprint import BaseIdentity, BaseTensor, Match, identify, match_base
-from loreg.format.manifest import AdapterManifest
-from loreg.format.recipe import MergeRecord, Recipe
-from loreg.format.reference import Reference, check_tag, parse_expression
-from loreg.format.safetensors import canonical_header, parse_header
-from loreg.merge.edits import Part, TensorEdit
-from loreg.merge.inputs import AdapterInput
-from loreg.tensors import TORCH, from_buffer, to_memory
+from loreg.format import methods
+from loreg.format.forms import FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "spec" / "loreg-1.md"
 CLAUSE = re.compile(r"^\*\*([A-Z][0-9]+)\.\*\*", re.MULTILINE)
 CITATION = re.compile(r"\[([A-Z][0-9]+(?:(?:–|, )[A-Z][0-9]+)*)\]")
 
-LEVELS = {
-    Match.NONE: "none",
-    Match.STRUCTURE: "structure_root",
-    Match.TOUCHED: "touched",
-    Match.CONTENT: "content_set",
-    Match.WEIGHTS: "weights_root",
-}
-
-
-def text_of(given: dict[str, str]) -> bytes:
-    return given["utf8"].encode() if "utf8" in given else base64.b64decode(given["base64"])
-
-
-def run_canonical_json(given: dict[str, Any]) -> Any:
-    value = canonical_json.loads(text_of(given))
-    try:
-        return {"canonical": canonical_json.dumps(value).decode()}
-    except BadInput:
-        return {"canonical": None}
-
-
-def run_safetensors(given: dict[str, Any]) -> Any:
-    data = base64.b64decode(given["base64"])
-    header = parse_bytes(data)
-    tensors = [
-        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "start": t.start, "end": t.end}
-        for t in header.tensors
-    ]
-    return {"metadata": dict(header.metadata), "data_start": header.data_start, "tensors": tensors}
-
-
-def parse_bytes(data: bytes) -> Any:
-    import io
-
-    from loreg.format.safetensors import read_header
-
-    return read_header(io.BytesIO(data), len(data), what="a vector")
-
-
-def run_canonical_safetensors(given: dict[str, Any]) -> Any:
-    entries = [(t["name"], t["dtype"], tuple(t["shape"])) for t in given["tensors"]]
-    header = canonical_header(entries, given["metadata"])
-    data = {t["name"]: base64.b64decode(t["data"]) for t in given["tensors"]}
-    file = header.raw + b"".join(data[info.name] for info in header.tensors)
-    assert parse_header(header.raw, len(file), what="a vector") == header
-    return {"base64": base64.b64encode(file).decode(), "digest": str(Digest.of(file))}
-
-
-def base_tensors(entries: list[dict[str, Any]]) -> list[BaseTensor]:
-    tensors = []
-    for t in entries:
-        data = base64.b64decode(t["data"])
-        tensors.append(BaseTensor(t["name"], t["dtype"], tuple(t["shape"]), len(data), Digest.of(data)))
-    return tensors
-
-
-def roots(identity: BaseIdentity) -> dict[str, str]:
-    return {key: str(getattr(identity, key)) for key in ("weights_root", "structure_root", "content_set")}
-
-
-def run_base(given: dict[str, Any]) -> Any:
-    if given["operation"] == "parse":
-        manifest = BaseManifest.parse(text_of(given))
-        assert manifest.dump() == text_of(given)
-        return {**roots(manifest.identity), "digest": str(Digest.of(manifest.dump()))}
-    tensors = base_tensors(given["tensors"])
-    if given["operation"] == "identify":
-        return {"leaves": {t.name: str(t.leaf) for t in tensors}, **roots(identify(tensors))}
-    expected = dict(given["expected"])
-    touched = {name: Digest.parse(leaf) for name, leaf in expected.pop("touched").items()}
-    identity = BaseIdentity(**{key: Digest.parse(text) for key, text in expected.items()})
-    level, differing = match_base(identity, touched, {t.name: t for t in tensors})
-    return {"level": LEVELS[level], "differing": list(differing)}
-
-
-def run_manifests(given: dict[str, Any]) -> Any:
-    manifest = AdapterManifest.parse(text_of(given))
-    assert manifest.dump() == text_of(given)
-    factors = {name: ref.to_json() for name, ref in manifest.factor_tensors().items()}
-    result: dict[str, Any] = {"digest": str(manifest.digest), "factors": factors}
-    if "blobs" in given:
-        result["files"] = give_back(manifest, {k: base64.b64decode(v) for k, v in given["blobs"].items()})
-    return result
-
-
-def give_back(manifest: AdapterManifest, blobs: dict[str, bytes]) -> dict[str, str]:
-    """Checks every blob against the manifest, and rebuilds the pushed files from them."""
-    for blob in manifest.blobs:
-        found = fingerprint([blobs[str(blob.digest)]])
-        assert (found.digest, found.sha256, found.size) == (blob.digest, blob.sha256, blob.size)
-    contents: dict[str, bytes] = {}
-    factors = manifest.blob("factors")
-    if factors:
-        stored = read_canonical(blobs[str(factors.digest)])
-        assert stored.keys() == manifest.factor_tensors().keys()
-        assert all(Digest.of(stored[name]) == ref.digest for name, ref in manifest.factor_tensors().items())
-        contents |= {f"factors:{name}": data for name, data in stored.items()}
-    for name, full in manifest.full.items():
-        stored = read_canonical(blobs[str(full.blob)])
-        assert list(stored) == ["tensor"] and Digest.of(stored["tensor"]) == full.value.digest
-        contents[f"full:{name}"] = stored["tensor"]
-    files = {}
-    for file in manifest.source.files if manifest.source else ():
-        data = blobs[str(file.blob)] + b"".join(contents[name] for name in file.tensors)
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)
-        files[file.name] = base64.b64encode(data).decode()
-    return files
-
-
-def read_canonical(data: bytes) -> dict[str, bytes]:
-    """The tensors of a blob, which must be canonical."""
-    header = parse_bytes(data)
-    assert canonical_header([(t.name, t.dtype, t.shape) for t in header.tensors], header.metadata).raw == header.raw
-    return {t.name: data[header.data_start + t.start : header.data_start + t.end] for t in header.tensors}
-
-
-def run_recipes(given: dict[str, Any]) -> Any:
-    recipe = Recipe.parse(text_of(given))
-    assert recipe.dump() == text_of(given)
-    return {"digest": str(recipe.digest)}
-
-
-def run_merge_records(given: dict[str, Any]) -> Any:
-    record = MergeRecord.parse(text_of(given))
-    assert record.dump() == text_of(given)
-    return {"digest": str(Digest.of(record.dump())), "recipe": str(record.recipe.digest)}
-
-
-def run_references(given: dict[str, Any]) -> Any:
-    if given["operation"] == "set_tag":
-        check_tag(given["text"])
-        return None
-    reference = Reference.parse(given["text"])
-    assert str(reference) == given["text"]
-    return {
-        "name": reference.name,
-        "tag": reference.tag,
-        "number": reference.number,
-        "digest_prefix": reference.digest_prefix,
-    }
-
-
-def run_expressions(given: dict[str, Any]) -> Any:
-    import struct
-
-    return [
-        {"weight": t.weight, "bits": struct.pack(">d", t.weight).hex(), "reference": str(t.reference)}
-        for t in parse_expression(given["text"])
-    ]
-
-
-def matrix(given: dict[str, Any]) -> torch.Tensor:
-    return from_buffer(bytearray.fromhex(given["hex"]), TORCH[given["dtype"]], tuple(given["shape"]))
-
-
-def run_arithmetic(given: dict[str, Any]) -> Any:
-    """Once in the order written and once reversed: the definition knows no order."""
-    forwards, backwards = (_merged(given, terms) for terms in (given["terms"], given["terms"][::-1]))
-    assert forwards == backwards
-    return {"hex": forwards}
-
-
-def _merged(given: dict[str, Any], terms: list[dict[str, Any]]) -> str:
-    W = matrix(given["W"])
-    full = tuple(_replacing(float(t["weight"])) for t in terms if t["kind"] == "replace")
-    if len(full) == len(terms) and TensorEdit(full).replaces() and terms[0]["value"]["dtype"] == given["dtype"]:
-        return cast(str, terms[0]["value"]["hex"])
-    low_rank: list[LowRank] = []
-    dense: list[Dense] = []
-    for term in terms:
-        weight = float(term["weight"])
-        if term["kind"] == "low_rank":
-            A, B = matrix(term["A"]), matrix(term["B"])
-            left, right = (A.T, B.T) if term["orientation"] == "in_out" else (B, A)
-            low_rank.append(LowRank(left, right, float(term["scale"])).scaled(weight))
-        elif term["kind"] == "bias":
-            dense.append(Dense(matrix(term["value"]), float(term["scale"])).scaled(weight))
-        else:
-            dense += [Dense(matrix(term["value"]), weight), Dense(W, -weight)]
-    merged = WeightedSum(tuple(low_rank), tuple(dense)).apply(W, TORCH[given["dtype"]])
-    return bytes(to_memory(merged)).hex()
-
-
-def _replacing(weight: float) -> Part:
-    nothing = cast(AdapterManifest, None)
-    return Part(AdapterInput("a vector", weight, Digest("0" * 64), nothing, {}), full="W")
-
-
 RUN: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "canonical_json": run_canonical_json,
-    "safetensors": run_safetensors,
-    "canonical_safetensors": run_canonical_safetensors,
-    "base": run_base,
-    "manifests": run_manifests,
-    "recipes": run_recipes,
-    "merge_records": run_merge_records,
-    "references": run_references,
-    "expressions": run_expressions,
-    "arithmetic": run_arithmetic,
+    "canonical_json": vector_documents.run_canonical_json,
+    "safetensors": vector_documents.run_safetensors,
+    "canonical_safetensors": vector_documents.run_canonical_safetensors,
+    "base": vector_documents.run_base,
+    "manifests": vector_documents.run_manifests,
+    "recipes": vector_documents.run_recipes,
+    "merge_records": vector_documents.run_merge_records,
+    "derived": vector_documents.run_derived,
+    "references": vector_documents.run_references,
+    "expressions": vector_documents.run_expressions,
+    "arithmetic": vector_sums.run_arithmetic,
+    "forms": vector_sums.run_forms,
+    "methods": vector_sums.run_methods,
 }
 
 
@@ -339,7 +143,60 @@ def test_examples_in_the_specification() -> None:
     assert found == {name: text() for name, text in EXAMPLES.items()}
 
 
-DOCUMENTS = ("base", "manifests", "recipes", "merge_records")
+def test_every_form_and_every_method_has_vectors() -> None:
+    valid = {kind: [v["input"] for v in load(kind) if v["expected"] == "valid"] for kind in ("forms", "methods")}
+    terms = [term for given in valid["forms"] for term in given["terms"]]
+    for form, row in FORMS.items():
+        found = [term for term in terms if term["form"] == form]
+        assert len(found) >= 2, form
+        for role in (*row.required, *row.optional, *(("magnitude",) if row.decomposes else ())):
+            assert any(role in term["tensors"] for term in found), (form, role)
+    dense = {name for name, row in methods.METHODS.items() if row.space == "dense"}
+    assert {given["method"] for given in valid["methods"]} == dense
+    assert {vector["method"] for vector in recipes()} == set(methods.METHODS)
+
+
+def recipes() -> list[dict[str, Any]]:
+    return [json.loads(v["input"]["utf8"]) for v in load("recipes") if v["expected"] == "valid"]
+
+
+def table(title: str) -> list[list[str]]:
+    """The rows of the table of the specification whose first column has this title."""
+    text = SPEC.read_text(encoding="utf-8")
+    rows = re.search(rf"^\| {title} \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert rows is not None, title
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
+
+
+def test_the_table_of_forms() -> None:
+    found: dict[str, tuple[set[str], set[str], set[str]]] = {}
+    for name, tensors, parameters, *_ in table("form"):
+        required, _, optional = tensors.partition("[")
+        row = found.setdefault(re.findall("`(.+?)`", name)[0], (set(), set(), set()))
+        for known, text in zip(row, (required, optional, parameters), strict=True):
+            known.update(re.findall("`(.+?)`", text))
+    assert {name: (set(r.required), set(r.optional), set(r.parameters)) for name, r in FORMS.items()} == {
+        name: (required - optional, optional, parameters) for name, (required, optional, parameters) in found.items()
+    }
+
+
+def test_the_table_of_methods() -> None:
+    spaces = {"exact": "sums", "dense": "deltas", "factors": "factors"}
+    found, expected = {}, {}
+    for name, space, parameters, count in table("method"):
+        values = dict(re.findall(r"`(\w+)` ([^,]+)", parameters))
+        defaults = {key: "!" if value == "!" else json.loads(value) for key, value in values.items()}
+        found[name.strip("`")] = space, defaults, {"": (1, None), "2": (2, 2), "2 or more": (2, None)}.get(count)
+    for name, row in methods.METHODS.items():
+        defaults = {
+            key: "!" if parameter.default is methods.REQUIRED else parameter.default
+            for key, parameter in row.parameters.items()
+        }
+        expected[name] = spaces[row.space], defaults, None if "inner" in defaults else row.adapters
+    assert found == expected
+
+
+DOCUMENTS = ("base", "manifests", "recipes", "merge_records", "derived")
 
 
 def documents() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -394,4 +251,5 @@ def test_refusals_are_loreg_errors_of_the_right_family() -> None:
             with pytest.raises(LoregError) as caught:
                 RUN[kind](vector["input"])
             usage = kind in ("references", "expressions")
-            assert isinstance(caught.value, UsageError if usage else BadInput), vector["id"]
+            families = (UsageError, BadInput) if kind == "methods" else UsageError if usage else BadInput
+            assert isinstance(caught.value, families), vector["id"]

@@ -1,4 +1,4 @@
-"""What the tensors of each form [M9] must be like, and the weights that they are for: sizes alone.
+"""What the tensors of each form [M9, F2] must be like, and the weights that they are for: sizes alone.
 
 Functions without a suffix return (out, in), None where the tensors do not say, and raise BadInput where they do
 not fit each other. ``…_fits`` raises BadInput for a weight that they do not fit though its size may be right;
@@ -21,7 +21,7 @@ OutIn: TypeAlias = tuple[int, int]
 Size: TypeAlias = tuple[int | None, int | None]
 
 EXPANSION = 4
-"""Forms that are exact only as a sum of a higher rank are so up to EXPANSION·min(out, in) of it [A6]."""
+"""Forms that are exact only as a sum of a higher rank are so up to EXPANSION·min(out, in) of it [F5]."""
 
 
 def _matrix(shapes: Shapes, role: str, rows: int | None = None, columns: int | None = None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The forms of a term [M9]: which tensors and parameters each has, and the weights that they fit.
+"""The forms of a term [M9, F2]: which tensors and parameters each has, and the weights that they fit.
 
 What a form computes is in ``loreg.algebra.forms``, one function for each row here. Sizes are in module
 orientation: a weight is (out, in), a convolution's (out, in/groups·Πk), an embedding of V words of d numbers

@@ -1,4 +1,4 @@
-"""The methods that make one delta out of several adapters': their names, parameters and arithmetic.
+"""The methods that make one delta out of several adapters' [C1]: their names, parameters and arithmetic.
 
 A name is a family, or ``family:definition`` where libraries mean different things by one name. A family alone then
 stands for its ``:mergekit`` definition, which works on ΔW, as loreg does; what PEFT calls ``ties`` works on factors,
@@ -22,7 +22,7 @@ ORDERED = "loreg-f64-1"
 """Float64 operations in a stated order, and one rounding at the end [A6]: for norms, roots, thresholds."""
 
 LAPACK = "float64-lapack"
-"""Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters [R3]."""
+"""Float64 through LAPACK: not the same to the bit everywhere. Only for composed adapters [R3, C8]."""
 
 REQUIRED = object()
 """The default of a parameter that must be given; None is a value."""

@@ -33,8 +33,8 @@ class Combining:
     def combine(self, tensor: str, view: tuple[int, ...], edits: Edits, device: torch.device) -> WeightedSum:
         """The one edit of a tensor, seen in the shape ``view``.
 
-        ``linear`` keeps every term, exactly. Any other method is given each adapter's delta in float64 [A6], zero
-        where it leaves the tensor alone: to the model that it makes, that is what it adds.
+        ``linear`` keeps every term, exactly [A2]. Any other method is given each adapter's delta in float64 [A6, C2],
+        zero where it leaves the tensor alone: to the model that it makes, that is what it adds.
         """
         if self.method == "linear":
             total = WeightedSum()

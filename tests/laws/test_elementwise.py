@@ -488,7 +488,7 @@ def test_names() -> None:
         ("svd", {}, "give one of them"),
         ("svd", {"rank": 0}, "at least 1"),
         ("iso_c", {"energy": 2}, "at most 1"),
-        ("knots", {"inner": "svd"}, "inner: expected one of"),
+        ("knots", {"inner": "svd"}, "has no inner"),
         ("knots", {"inner": "della", "density": 0.9}, "density 0.9 with epsilon"),
         ("knots", {"seed": 1}, "no parameter 'seed'"),
         ("karcher", {"tol": 0}, "above 0"),

@@ -12,6 +12,7 @@ from vector_cases.primitives import FLOATS
 from vector_cases.record import Vector, rejected, valid
 
 Matrix = dict[str, Any]
+STORED = ("F32", "F16", "BF16", "F8_E5M2", "F8_E4M3")
 
 
 def matrix(dtype: str, shape: Sequence[int], values: Sequence[float | str]) -> Matrix:
@@ -64,6 +65,8 @@ def merged(w: Matrix, terms: Sequence[dict[str, Any]], dtype: str) -> str:
 
 def rounded(w: Matrix, total: Sequence[Fraction], dtype: str) -> str:
     """Exact sums, one for each element of W, as ``dtype`` in hex [A1, A3, A4]."""
+    if dtype not in STORED:
+        raise Refused
     source, target = FLOATS[w["dtype"]], FLOATS[dtype]
     out = []
     for word, was, value in zip(source.split(bytes.fromhex(w["hex"])), values(w), total, strict=True):
@@ -103,7 +106,7 @@ def _contribution(term: dict[str, Any], before: list[Fraction], shape: Sequence[
 
 
 def arithmetic() -> list[Vector]:
-    return [*_chosen(), *_zeros(), *_replacing(), *_refused(), *_random()]
+    return [*_chosen(), *_zeros(), *_replacing(), *_refused(), *_random(), *_eight_bits()]
 
 
 def _vector(name: str, description: str, clauses: str, w: Matrix, *terms: dict[str, Any], dtype: str = "") -> Vector:
@@ -268,3 +271,38 @@ def _random() -> list[Vector]:
             _vector(f"random-{index}", f"{dtype} to {out}, {len(terms)} terms.", "A1 A2", w, *terms, dtype=out)
         )
     return vectors
+
+
+def _eight_bits() -> list[Vector]:
+    """Weights of eight bits, which half of the time are subnormal."""
+
+    def added(name: str, description: str, dtype: str, w: float | str, *deltas: float, clauses: str = "A1",
+              out: str = "") -> Vector:  # fmt: skip
+        terms = [low_rank(one("F64", d), one("F32", 1)) for d in deltas]
+        return _vector(f"f8-{name}", description, clauses, one(dtype, w), *terms, dtype=out)
+
+    words = ["00", "80", "01", "81", "07", "08", "88", "38", "b9", "47", "7e", "fe"]
+    e4m3 = matrix("F8_E4M3", (3, 4), words)
+    e5m2 = matrix("F8_E5M2", (3, 4), [*words[:-2], "7b", "fb"])
+    b, a = matrix("F32", (3, 1), [1, -2, 0.375]), matrix("F32", (1, 4), [2.0**-9, -0.25, 0.0625, -(2.0**-6)])
+    return [
+        added("tie", "A tie in F8_E4M3 goes to the even value.", "F8_E4M3", 1.0, 2.0**-4),
+        added("tie-broken", "2^-60 more than a tie.", "F8_E4M3", 1.0, 2.0**-4, 2.0**-60),
+        added("tie-e5m2", "A tie in F8_E5M2, broken by -2^-60.", "F8_E5M2", 1.25, 2.0**-3, -(2.0**-60)),
+        added("subnormal-tie", "A tie between subnormals.", "F8_E4M3", 2.0**-9, 2.0**-10),
+        added("underflow", "Less than half of the least subnormal is a zero with its sign.", "F8_E5M2", 0.0,
+              -(2.0**-17), 2.0**-40, clauses="A1 A3"),
+        added("top-tie", "464 is halfway to what is NaN, and is 448.", "F8_E4M3", 448, 16, clauses="A1 A4"),
+        added("top-above", "A little more than 464.", "F8_E4M3", 448, 16, 2.0**-40, clauses="A4"),
+        added("top-below-zero", "As much below zero.", "F8_E4M3", -448, -16, -(2.0**-40), clauses="A4"),
+        added("top-e5m2", "Just below half a step beyond the largest value.", "F8_E5M2", 57344, 4096, -(2.0**-30),
+              clauses="A1 A4"),
+        added("overflow-e5m2", "Half a step beyond it.", "F8_E5M2", 57344, 4096, clauses="A4"),
+        added("nan", "NaN in a weight.", "F8_E4M3", "7f", 0.0, clauses="A4"),
+        added("infinite", "Infinity in a weight.", "F8_E5M2", "7c", 0.0, clauses="A4"),
+        added("widen", "Stored as BF16.", "F8_E4M3", 448, 16, 2.0**-40, out="BF16", clauses="A1 R4"),
+        _vector("f8-e4m3", "All kinds of values.", "A1", e4m3, low_rank(matrix("F32", (3, 1), [1, 0.5, 0.25]),
+                matrix("F32", (1, 4), [2.0**-11, -0.03125, 2.0**-10, 0]))),
+        _vector("f8-e5m2", "All kinds of values, in the other dtype.", "A1", e5m2, low_rank(b, a, "0.1")),
+        added("f64", "F64 is not a dtype that weights are merged in.", "F64", 1.0, 1.0, clauses="A4"),
+    ]  # fmt: skip

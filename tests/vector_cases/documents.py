@@ -210,7 +210,7 @@ def recipes() -> list[Vector]:
 
         return edit
 
-    svd = also(at("method", "svd"), at("parameters", {"rank": 4}), at("arithmetic", "float64-lapack"))
+    svd = also(at("method", "svd"), at("parameters", {"rank": 4, "energy": None}), at("arithmetic", "float64-lapack"))
     weights = ("1", "-1", "0.1", "1e-7", "0.000001", "1e+21", "5e-324", "9007199254740992", "-0.30000000000000004")
     texts = ("", "0", "-0", "1.0", "+1", ".5", "1.", "01", "0.70", "7e-1", "1e21", "1E+21", "0x1", "1_0", "1 ", "nan",
              "inf", "-Infinity", "1e400", "\u0661", *(loose := ("9007199254740993",
@@ -260,6 +260,41 @@ def recipes() -> list[Vector]:
     ]  # fmt: skip
 
 
+def derived() -> list[Vector]:
+    record = {
+        "format": "loreg/1",
+        "kind": "derived",
+        "source": identity([W, V])["weights_root"],
+        "scheme": "bitsandbytes nf4",
+        "dtype": "BF16",
+        "weights_root": identity(BASE)["weights_root"],
+    }
+
+    def parsed(name: str, description: str, edit: Edit) -> Vector:
+        given = edited(record, edit)
+        return valid(name, description, "G2 M1", given, {"digest": digest(given["utf8"].encode())})
+
+    def refused(name: str, description: str, clauses: str, edit: Edit) -> Vector:
+        return rejected(name, description, clauses, edited(record, edit), STRUCTURE)
+
+    return [
+        parsed("record", "A model that was made of a quantised one.", lambda _: None),
+        parsed("f16", "Its weights in F16.", at("dtype", "F16")),
+        refused("dtype", "Weights in F32.", "G2", at("dtype", "F32")),
+        refused("dtype-lower-case", "A dtype in lower case.", "G2", at("dtype", "bfloat16")),
+        refused("source-missing", "It does not say of what it was made.", "G2", without("source")),
+        refused("source-sha256", "A source by its sha256.", "G2 D1", at("source", "sha256:" + sha256(b""))),
+        refused("scheme-null", "No scheme.", "G2", at("scheme", None)),
+        refused("time", "A time.", "G2 M2", at("created_at", "2026-01-01")),
+        refused("format", "Another format.", "M1", at("format", "loreg/2")),
+        refused("kind", "Another kind.", "M1", at("kind", "merge")),
+        *not_canonical(record),
+    ]
+
+
+TIES = {"density": 0.5, "normalize": True, "lambda": 1, "rescale": False, "consensus": "sum"}
+
+
 def merge_records() -> list[Vector]:
     record = {
         "format": "loreg/1",
@@ -272,10 +307,19 @@ def merge_records() -> list[Vector]:
     def refused(name: str, description: str, clauses: str, edit: Edit, flags: Sequence[str] = STRUCTURE) -> Vector:
         return rejected(name, description, clauses, edited(record, edit), flags)
 
-    given = edited(record, lambda _: None)
-    result = {"digest": digest(given["utf8"].encode()), "recipe": digest(jcs(RECIPE))}
+    def parsed(name: str, description: str, clauses: str, **recipe: Any) -> Vector:
+        given = edited(record, lambda d: d["recipe"].update(recipe))
+        made = {"digest": digest(given["utf8"].encode()), "recipe": digest(jcs({**RECIPE, **recipe}))}
+        return valid(name, description, clauses, given, made)
+
+    def other(name: str, description: str, method: str, parameters: dict[str, Any], arithmetic: str) -> Vector:
+        return refused(name, description, "G1 R3", lambda d: d["recipe"].update(
+            method=method, parameters=parameters, arithmetic=arithmetic))  # fmt: skip
+
     return [
-        valid("record", "A record of a merge.", "G1 M1", given, result),
+        parsed("record", "A record of a merge.", "G1 M1"),
+        parsed("ties", "A merge by a method on deltas.", "G1 R3", method="ties:mergekit", parameters=TIES,
+               arithmetic="loreg-f64-1"),
         refused("root", "A root that does not follow from the tensors.", "G1", at("weights_root", ADAPTERS[0]), ()),
         refused("dtype-changed", "A tensor's dtype was changed.", "G1", at("tensors/ln.bias/dtype", "BF16"), ()),
         refused("tensor-lost", "A tensor was taken away.", "G1", without("tensors/ln.bias"), ()),
@@ -283,8 +327,12 @@ def merge_records() -> list[Vector]:
         refused("recipe-null", "A recipe that is null.", "G1", at("recipe", None)),
         refused("recipe-unsorted", "A recipe with terms in another order.", "G1 R1",
                 lambda d: d["recipe"]["terms"].reverse(), ()),
-        refused("recipe-svd", "A recipe that does not merge.", "G1 R3", lambda d: d["recipe"].update(
-                method="svd", parameters={"rank": 4}, arithmetic="float64-lapack"), ()),
+        other("recipe-svd", "A recipe that does not merge.", "svd", {"rank": 4, "energy": None}, "float64-lapack"),
+        other("recipe-cat", "A recipe of one pair of factors.", "cat", {}, "loreg-exact-1"),
+        other("recipe-truncated", "A method on deltas, truncated.", "ties:mergekit",
+              {**TIES, "rank": 4, "energy": None}, "float64-lapack"),
+        other("recipe-knots", "A method on factors.", "knots",
+              {**TIES, "inner": "ties:mergekit", "rank": None, "energy": None}, "float64-lapack"),
         refused("time", "A time: the record would no longer be a function of base and recipe.", "G1 M2",
                 at("created_at", "2026-01-01")),
         refused("format", "Another format.", "M1", at("format", "loreg/2")),

@@ -183,6 +183,11 @@ def ia3(t: Given) -> Terms:
     return t.instead(edited) if t.parameters.get("neutral", 1) else t.dense(edited)
 
 
+def replaced(t: Given) -> Terms:
+    value = t["value"]
+    return [Dense(1.0, turned(value) if t.parameters["turned"] else value), Dense(-1.0, t.W)]
+
+
 def rows(t: Given) -> Terms:
     indices, new = t.parameters["indices"], t["rows"]
     if len(indices) <= 64:
@@ -219,7 +224,8 @@ def decomposed(t: Given, terms: Terms) -> Terms:
 FORMS: dict[str, Callable[[Given], Terms]] = {
     function.__name__: function
     for function in (
-        lora, lora_merged, lora_reshaped, lora_expert, adalora, vera, loha, locon, lokr, dense, ia3, rows, oft, boft,
+        lora, lora_merged, lora_reshaped, lora_expert, adalora, vera, loha, locon, lokr, dense, ia3, replaced, rows,
+        oft, boft,
     )
 }  # fmt: skip
 
@@ -241,4 +247,4 @@ def is_exact(form: str, t: Given, terms: Terms) -> bool:
         return False
     if form == "lokr" and "w1" in t.tensors and "w2" in t.tensors:
         return True
-    return form in ("dense", "ia3", "rows") or isinstance(terms[0], LowRank)
+    return form in ("dense", "ia3", "replaced", "rows") or isinstance(terms[0], LowRank)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from vector_cases.documents import (
@@ -19,7 +20,7 @@ from vector_cases.documents import (
     not_canonical,
     without,
 )
-from vector_cases.primitives import canonical_file, digest, identity, jcs, sha256
+from vector_cases.primitives import BITS, canonical_file, digest, identity, jcs, sha256
 from vector_cases.record import Vector, b64, rejected, valid
 
 
@@ -46,7 +47,7 @@ def blob(data: bytes, role: str) -> dict[str, Any]:
     return {"digest": digest(data), "sha256": sha256(data), "size": len(data), "role": role}
 
 
-def _base(*touched: Tensor) -> dict[str, Any]:
+def base_of(*touched: Tensor) -> dict[str, Any]:
     leaves = {tensor.name: digest(tensor.leaf_input) for tensor in touched}
     return {"name": "tiny", "hub": None, **identity(BASE), "touched": leaves, "recipe": None}
 
@@ -62,7 +63,7 @@ FACTORS = canonical_file([A, B])
 SMALL: dict[str, Any] = {
     "format": "loreg/1",
     "kind": "adapter",
-    "base": _base(QUERY),
+    "base": base_of(QUERY),
     "modules": {
         "h.0.attn.q": {
             "tensor": QUERY.name,
@@ -117,7 +118,7 @@ def _everything() -> tuple[dict[str, Any], dict[str, bytes], dict[str, bytes]]:
     files = {"adapter_config.json": config, "adapter_model.safetensors": weights}
     manifest = json.loads(jcs(SMALL))
     manifest["base"] = {
-        **_base(QUERY, FC, FC_BIAS, NORM),
+        **base_of(QUERY, FC, FC_BIAS, NORM),
         "hub": {"repo": "acme/tiny", "commit": "0123456789" * 4, "files": {"model.safetensors": sha256(b"model")}},
         "recipe": RECIPE,
     }
@@ -154,21 +155,36 @@ def _tensors(manifest: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for path, module in manifest["modules"].items():
         for index, term in enumerate(module["terms"]):
-            found[f"{path}.lora_A.{index}"], found[f"{path}.lora_B.{index}"] = term["A"], term["B"]
+            if "form" in term:
+                found.update(_by_content(term))
+            else:
+                found[f"{path}.lora_A.{index}"], found[f"{path}.lora_B.{index}"] = term["A"], term["B"]
         for index, term in enumerate(module["bias_terms"]):
-            found[f"{path}.lora_bias.{index}"] = term["value"]
+            found.update(_by_content(term) if "form" in term else {f"{path}.lora_bias.{index}": term["value"]})
     return found
+
+
+def _by_content(term: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a term with a form, by their content(t) of B4, of which the hash of raw is a part."""
+    found = {}
+    for entry in term["tensors"].values():
+        typed = Tensor("", entry["dtype"], tuple(entry["shape"]), b"").typed
+        size = prod(entry["shape"]) * BITS[entry["dtype"]] // 8
+        raw = bytes.fromhex(entry["digest"].removeprefix("blake3:"))
+        name = digest(b"loreg-content-v1\0" + typed + size.to_bytes(8, "little") + raw).removeprefix("blake3:")
+        found[name] = entry
+    return found
+
+
+def parsed(name: str, description: str, clauses: str, edit: Edit, of: dict[str, Any] = SMALL) -> Vector:
+    """The vector of a manifest that is accepted."""
+    given = edited(of, edit)
+    factors = _tensors(json.loads(given["utf8"]))
+    return valid(name, description, clauses, given, {"digest": digest(given["utf8"].encode()), "factors": factors})
 
 
 def manifests() -> list[Vector]:
     large, blobs, files = _everything()
-
-    def parsed(name: str, description: str, clauses: str, edit: Edit, of: dict[str, Any] = SMALL) -> Vector:
-        given = edited(of, edit)
-        document = json.loads(given["utf8"])
-        return valid(name, description, clauses, given,
-                     {"digest": digest(given["utf8"].encode()), "factors": _tensors(document)})  # fmt: skip
-
     whole = parsed("everything", "A manifest that uses every field, and the files that it gives back.",
                    "M1 M3 M4 M5 M6 M7 M8 D1 D2", lambda _: None, large)  # fmt: skip
     whole["input"]["blobs"] = {name: b64(data) for name, data in blobs.items()}
@@ -197,7 +213,7 @@ def manifests() -> list[Vector]:
     ]  # fmt: skip
 
 
-def _refused(
+def refusal(
     name: str,
     description: str,
     clauses: str,
@@ -221,15 +237,15 @@ def _second(path: str, tensor: str) -> Edit:
 def _envelope() -> list[Vector]:
     digits = digest(b"")
     return [
-        _refused("format", "A later format.", "M1", at("format", "loreg/2")),
-        _refused("format-number", "A format that is a number.", "M1", at("format", 1)),
-        _refused("format-missing", "No format.", "M1", without("format")),
-        _refused("kind", "Another kind.", "M1", at("kind", "recipe")),
+        refusal("format", "A later format.", "M1", at("format", "loreg/2")),
+        refusal("format-number", "A format that is a number.", "M1", at("format", 1)),
+        refusal("format-missing", "No format.", "M1", without("format")),
+        refusal("kind", "Another kind.", "M1", at("kind", "recipe")),
         rejected("list", "A list.", "M1", {"utf8": "[]"}, STRUCTURE),
         rejected("null", "null.", "M1", {"utf8": "null"}, STRUCTURE),
-        _refused("unknown-field", "A field that is not known.", "M2", at("signature", "x")),
+        refusal("unknown-field", "A field that is not known.", "M2", at("signature", "x")),
         *(
-            _refused(f"unknown-field-{i}", f"A field of {where} that is not known.", "M2", at(f"{where}/x", None))
+            refusal(f"unknown-field-{i}", f"A field of {where} that is not known.", "M2", at(f"{where}/x", None))
             for i, where in enumerate(
                 ("base", "modules/h.0.attn.q", "modules/h.0.attn.q/terms/0", "modules/h.0.attn.q/terms/0/A",
                         "blobs/0",
@@ -237,27 +253,27 @@ def _envelope() -> list[Vector]:
             )
         ),
         *(
-            _refused(f"missing-{key}", f"No {key}: null or empty says that there is none.", "M2", without(key))
+            refusal(f"missing-{key}", f"No {key}: null or empty says that there is none.", "M2", without(key))
             for key in ("base", "modules", "full", "blobs", "source", "provenance", "annotations")
         ),
-        _refused("annotations-list", "Annotations that are a list.", "M2", at("annotations", [])),
-        _refused("base-missing-root", "No content_set.", "M3", without("base/content_set")),
-        _refused("base-name-null", "A base without a name.", "M3", at("base/name", None)),
-        _refused("untouched", "The adapted tensor is not among the touched.", "M3", at("base/touched", {}), ()),
-        _refused("touched-digest", "A leaf that is no digest.", "M3 D1", at(f"base/touched/{QUERY.name}",
+        refusal("annotations-list", "Annotations that are a list.", "M2", at("annotations", [])),
+        refusal("base-missing-root", "No content_set.", "M3", without("base/content_set")),
+        refusal("base-name-null", "A base without a name.", "M3", at("base/name", None)),
+        refusal("untouched", "The adapted tensor is not among the touched.", "M3", at("base/touched", {}), ()),
+        refusal("touched-digest", "A leaf that is no digest.", "M3 D1", at(f"base/touched/{QUERY.name}",
                 digits[:-2])),
-        _refused("hub-branch", "A hub pin to a branch.", "M3",
+        refusal("hub-branch", "A hub pin to a branch.", "M3",
                  at("base/hub", {"repo": "a/b", "commit": "main", "files": {}})),
-        _refused("hub-sha256", "A hub pin with a sha256 in upper case.", "M3 D2",
+        refusal("hub-sha256", "A hub pin with a sha256 in upper case.", "M3 D2",
                  at("base/hub", {"repo": "a/b", "commit": "0" * 40, "files": {"m": "A" * 64}})),
-        _refused("base-recipe", "The base's recipe is not a recipe.", "M3", at("base/recipe", {"format": "loreg/1"})),
-        _refused("root-bare", "A root without its algorithm.", "D1", at("base/weights_root", digits[7:])),
-        _refused("root-sha256", "A root by sha256.", "D1", at("base/weights_root", "sha256:" + sha256(b""))),
-        _refused("root-upper", "A root in upper case.", "D1", at("base/weights_root", "blake3:" + "A" * 64)),
-        _refused("root-upper-algorithm", "An algorithm in upper case.", "D1",
+        refusal("base-recipe", "The base's recipe is not a recipe.", "M3", at("base/recipe", {"format": "loreg/1"})),
+        refusal("root-bare", "A root without its algorithm.", "D1", at("base/weights_root", digits[7:])),
+        refusal("root-sha256", "A root by sha256.", "D1", at("base/weights_root", "sha256:" + sha256(b""))),
+        refusal("root-upper", "A root in upper case.", "D1", at("base/weights_root", "blake3:" + "A" * 64)),
+        refusal("root-upper-algorithm", "An algorithm in upper case.", "D1",
                  at("base/weights_root", digits.replace("blake3", "BLAKE3"))),
-        _refused("sha256-prefixed", "A sha256 with a prefix.", "D2", at("blobs/0/sha256", "sha256:" + sha256(b""))),
-        _refused("sha256-short", "A sha256 of 63 digits.", "D2", at("blobs/0/sha256", sha256(b"")[1:])),
+        refusal("sha256-prefixed", "A sha256 with a prefix.", "D2", at("blobs/0/sha256", "sha256:" + sha256(b""))),
+        refusal("sha256-short", "A sha256 of 63 digits.", "D2", at("blobs/0/sha256", sha256(b"")[1:])),
     ]  # fmt: skip
 
 
@@ -274,31 +290,31 @@ def _modules() -> list[Vector]:
         return edit
 
     return [
-        _refused("module-kind", "A kind of module that is not known.", "M4", at(module + "kind", "conv3d")),
-        _refused("orientation", "An orientation that is not known.", "M4", at(module + "orientation", "out-in")),
-        _refused("rank-sum", "A rank that is not the sum over the terms.", "M4", at(module + "rank", 3), ()),
-        _refused("rank-zero", "A rank of zero.", "M4", at(module + "rank", 0)),
-        _refused("rank-real", "A rank of 2.5.", "M4", at(module + "rank", 2.5)),
-        _refused("rank-bool", "A rank of true.", "M4", at(module + "rank", True)),
-        _refused("no-terms", "A module without terms.", "M4", at(module + "terms", [])),
-        _refused("term-rank", "A term whose rank is not that of its factors.", "M4", at(term + "rank", 1), ()),
-        _refused("a-transposed", "A of shape (in, rank).", "M4", at(term + "A/shape", [4, 2]), ()),
-        _refused("b-transposed", "B of shape (rank, out).", "M4", at(term + "B/shape", [2, 3]), ()),
-        _refused("a-vector", "A of one dimension.", "M4", at(term + "A/shape", [8])),
-        _refused("in-features", "A module that is wider than its factors.", "M4", at(module + "in", 5), ()),
-        _refused("out-features", "A module that is higher than its factors.", "M4", at(module + "out", 4), ()),
-        _refused("swapped", "in and out swapped.", "M4", lambda d: d["modules"]["h.0.attn.q"].update({"in": 3,
+        refusal("module-kind", "A kind of module that is not known.", "M4", at(module + "kind", "conv3d")),
+        refusal("orientation", "An orientation that is not known.", "M4", at(module + "orientation", "out-in")),
+        refusal("rank-sum", "A rank that is not the sum over the terms.", "M4", at(module + "rank", 3), ()),
+        refusal("rank-zero", "A rank of zero.", "M4", at(module + "rank", 0)),
+        refusal("rank-real", "A rank of 2.5.", "M4", at(module + "rank", 2.5)),
+        refusal("rank-bool", "A rank of true.", "M4", at(module + "rank", True)),
+        refusal("no-terms", "A module without terms.", "M4", at(module + "terms", [])),
+        refusal("term-rank", "A term whose rank is not that of its factors.", "M4", at(term + "rank", 1), ()),
+        refusal("a-transposed", "A of shape (in, rank).", "M4", at(term + "A/shape", [4, 2]), ()),
+        refusal("b-transposed", "B of shape (rank, out).", "M4", at(term + "B/shape", [2, 3]), ()),
+        refusal("a-vector", "A of one dimension.", "M4", at(term + "A/shape", [8])),
+        refusal("in-features", "A module that is wider than its factors.", "M4", at(module + "in", 5), ()),
+        refusal("out-features", "A module that is higher than its factors.", "M4", at(module + "out", 4), ()),
+        refusal("swapped", "in and out swapped.", "M4", lambda d: d["modules"]["h.0.attn.q"].update({"in": 3,
                 "out": 4}), ()),
-        _refused("dtype", "A dtype that nobody knows.", "M4 S4", at(term + "A/dtype", "float32")),
-        _refused("bias-without-tensor", "Bias terms, and no tensor.", "M4", biased(None, [bias])),
-        _refused("bias-without-terms", "A bias tensor, and no terms.", "M4", biased("b", [])),
-        _refused("bias-shape", "A bias of another size.", "M4",
+        refusal("dtype", "A dtype that nobody knows.", "M4 S4", at(term + "A/dtype", "float32")),
+        refusal("bias-without-tensor", "Bias terms, and no tensor.", "M4", biased(None, [bias])),
+        refusal("bias-without-terms", "A bias tensor, and no terms.", "M4", biased("b", [])),
+        refusal("bias-shape", "A bias of another size.", "M4",
                  biased("b", [{**bias, "value": {**bias["value"], "shape": [4]}}]), ()),
-        _refused("one-tensor-twice", "Two modules adapt one tensor.", "M4", _second("other", QUERY.name), ()),
-        _refused("bias-is-weight", "A bias tensor that is the weight.", "M4", biased(QUERY.name, [bias]), ()),
-        _refused("scale-text", "A scale that is text.", "M5", at(term + "scale", "2")),
-        _refused("scale-null", "No scale.", "M5", at(term + "scale", None)),
-        _refused("scale-bool", "A scale of true.", "M5", at(term + "scale", True)),
+        refusal("one-tensor-twice", "Two modules adapt one tensor.", "M4", _second("other", QUERY.name), ()),
+        refusal("bias-is-weight", "A bias tensor that is the weight.", "M4", biased(QUERY.name, [bias]), ()),
+        refusal("scale-text", "A scale that is text.", "M5", at(term + "scale", "2")),
+        refusal("scale-null", "No scale.", "M5", at(term + "scale", None)),
+        refusal("scale-bool", "A scale of true.", "M5", at(term + "scale", True)),
         rejected("scale-overflow", "A scale that no double holds.", "M5 J3",
                  {"utf8": jcs(SMALL).decode().replace('"scale":2', '"scale":1e999')}),
         rejected("scale-nan", "A scale of NaN.", "M5 J3", {"utf8": jcs(SMALL).decode().replace('"scale":2',
@@ -312,7 +328,7 @@ def _contents(large: dict[str, Any]) -> list[Vector]:
     """What concerns blobs, replaced tensors and source files."""
 
     def refused(name: str, description: str, clauses: str, edit: Edit, flags: Sequence[str] = STRUCTURE) -> Vector:
-        return _refused(name, description, clauses, edit, flags, large)
+        return refusal(name, description, clauses, edit, flags, large)
 
     def drop(role: str) -> Edit:
         return lambda d: d.update(blobs=[b for b in d["blobs"] if b["role"] != role])

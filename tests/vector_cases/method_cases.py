@@ -10,7 +10,7 @@ from typing import Any
 
 from vector_cases.arithmetic import matrix
 from vector_cases.documents import ADAPTERS, Edit, at, without
-from vector_cases.form_cases import Tensor, drawn
+from vector_cases.form_vector import Tensor, drawn
 from vector_cases.methods import METHODS, Given, mask_key
 from vector_cases.ordered import Dense, LowRank, delta, doubles, finite, numbers
 from vector_cases.record import Vector, rejected, valid
@@ -208,8 +208,8 @@ def _thinned() -> list[Vector]:
         case("replaced", "A tensor that is replaced adds R - W, after the low-rank part.", "task_arithmetic", {},
              ("0.7", [factors("n", 2, 1, 3), values("R", 2, 3, dtype="BF16"), values("W", 2, 3, dtype="BF16",
               scale="-1")]), ("1", [values("o", 2, 3)]), shape=(2, 3)),
-        case("same-adapter", "An adapter twice, with the same mask.", "dare_linear:mergekit", {"density": 0.5}, *THREE,
-             ("2", [values("p", 4, 5)])),
+        case("same-adapter", "An adapter twice, with the same mask.", "dare_linear:mergekit", {"density": 0.5},
+             *THREE, ("2", [values("p", 4, 5)])),
     ]  # fmt: skip
 
 
@@ -338,6 +338,7 @@ def _refused() -> list[Vector]:
         refused("stock-one", "One delta, where an angle is needed.", "C1", "model_stock", dropped(0), dropped(0)),
         refused("slerp-weights", "Shares of a sum of 0.", "C7", "slerp", at("terms/0/weight", "-1.1")),
         refused("karcher-weights", "Shares of a sum below 0.", "C7", "karcher", at("terms/0/weight", "-1")),
+        refused("weights-overflow", "Weights whose sum no double holds.", "C2", "task_arithmetic",
+                at("terms/0/weight", "1.5e+308"), at("terms/2/weight", "1e+308")),
         refused("nan", "NaN in a delta.", "C2 A4", "task_arithmetic", at("terms/2/delta", [nan])),
     ]  # fmt: skip
-

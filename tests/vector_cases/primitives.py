@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -23,8 +24,33 @@ BITS = {
 
 
 def jcs(value: Any) -> bytes:
-    """RFC 8785 for what the documents here hold: ASCII keys, integers, and doubles that Python writes alike."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    """RFC 8785 for what the documents here hold."""
+    return _jcs(value).encode("utf-8")
+
+
+def _jcs(value: Any) -> str:
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
+        return "{" + ",".join(f"{_quoted(key)}:{_jcs(value[key])}" for key in keys) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_jcs, value)) + "]"
+    return _double(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _double(value: float) -> str:
+    """ECMAScript's text: Python's shortest digits, written out from 1e-6 up to 1e21."""
+    if not value:
+        return "0"
+    sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+    text = "".join(map(str, digits))
+    point = len(text) + int(exponent)
+    if 0 < point <= 21:
+        made = (text + "0" * (point - len(text))) if point >= len(text) else f"{text[:point]}.{text[point:]}"
+    elif -6 < point <= 0:
+        made = "0." + "0" * -point + text
+    else:
+        made = f"{text[0]}{'.' if text[1:] else ''}{text[1:]}e{point - 1:+d}"
+    return "-" * sign + made
 
 
 def digest(data: bytes) -> str:
@@ -123,6 +149,7 @@ class Float:
 
     @property
     def infinity(self) -> int:
+        """The word after the largest finite one."""
         return (2**self.exponent - 1) << self.mantissa
 
     @property
@@ -163,4 +190,19 @@ class Float:
         return word | (int(value < 0) << (self.width - 1))
 
 
-FLOATS = {"BF16": Float(8, 7), "F16": Float(5, 10), "F32": Float(8, 23), "F64": Float(11, 52)}
+class E4M3(Float):
+    """Eight bits, of which all ones are NaN and all else is a number: there is no infinity."""
+
+    @property
+    def infinity(self) -> int:
+        return 0x7F
+
+
+FLOATS = {
+    "BF16": Float(8, 7),
+    "F16": Float(5, 10),
+    "F32": Float(8, 23),
+    "F64": Float(11, 52),
+    "F8_E5M2": Float(5, 2),
+    "F8_E4M3": E4M3(4, 3),
+}

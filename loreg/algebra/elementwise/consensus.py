@@ -1,4 +1,4 @@
-"""Sums of sparsified deltas, with or without an election of signs: PEFT's definitions and mergekit's.
+"""Sums of sparsified deltas [C5], with or without an election of signs: PEFT's definitions and mergekit's.
 
 They share names and differ in substance. PEFT elects signs *before* it weighs and divides by the *number* of
 deltas that agree; mergekit elects after it has weighed and divides, if at all, by the sum of their *weights*. PEFT

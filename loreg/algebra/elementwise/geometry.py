@@ -1,4 +1,4 @@
-"""Methods that are a sum Σ cᵢ·Δᵢ whose coefficients follow from lengths and angles: of whole deltas, or of rows.
+"""Methods that are a sum Σ cᵢ·Δᵢ whose coefficients follow from lengths and angles [C7]: whole deltas or rows.
 
 mergekit applies slerp and karcher to whole weights; here, as in its nuslerp with a base, they act on the deltas: the
 base, common to all, would hide the angles between what was trained. Inner products are folded

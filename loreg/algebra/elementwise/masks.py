@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (key, index) and of nothing else.
+"""Random numbers that are a function of (key, index) and of nothing else [C3].
 
 A generator that is stepped gives other numbers on another device, with another tiling or after another draw. This
 one is a counter and a hash: SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators",

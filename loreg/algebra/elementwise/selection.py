@@ -1,4 +1,4 @@
-"""SCE: select the elements on which the deltas differ, calculate their weights, erase what disagrees in sign.
+"""SCE [C6]: select the elements on which the deltas differ, calculate their weights, erase what disagrees in sign.
 
 Wan et al., "FuseChat", 2024, section 3.3; mergekit/merge_methods/sce.py.
 """

@@ -1,4 +1,4 @@
-"""Which elements of a delta are kept, and by what the kept ones grow.
+"""Which elements of a delta are kept [C4], and by what the kept ones grow.
 
 A choice by magnitude is exact: it is made among the doubles themselves, in the order *larger magnitude first, then
 lower index in row-major order*, so that elements of equal magnitude at the threshold are kept from the lowest index

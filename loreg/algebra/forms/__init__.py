@@ -1,4 +1,4 @@
-"""Forms: what one term of an adapter does to one weight, each a function from its tensors to a weighted sum.
+"""Forms [F1]: what one term of an adapter does to one weight, each a function from its tensors to a weighted sum.
 
 A new kind of adapter is one function here and one row of ``loreg.format.forms``. All are in module orientation,
 see :class:`Term`. A form that does not read the weight may have a ``magnitude``, and is DoRA then.

@@ -1,4 +1,4 @@
-"""DoRA: a form's sum as a change of direction, with the norms stored apart (Liu et al. 2024, arXiv 2402.09353).
+"""DoRA [F8]: a form's sum as a change of direction, with the norms stored apart (Liu et al. 2024, arXiv 2402.09353).
 
 Under ``loreg-f64-1``, as it takes norms of the edited weight.
 """

@@ -1,4 +1,4 @@
-"""LoRA and what differs from it by a shape or a diagonal: all exact, under ``loreg-exact-1``.
+"""LoRA and what differs from it by a shape or a diagonal [F3]: all exact, under ``loreg-exact-1``.
 
 The weight is (out, in), A is (r, in) and B (out, r). A factor that is derived by a product has elements of one
 IEEE double product each; of stored values of at most 26 bits, as of float32 and narrower, that is exact.

@@ -1,4 +1,4 @@
-"""The forms of LyCORIS (Yeh et al. 2023, arXiv 2309.14859), which PEFT has in part.
+"""The forms of LyCORIS [F4] (Yeh et al. 2023, arXiv 2309.14859), which PEFT has in part.
 
 Where the sum is a product of two factors whose elements are single products of stored values, it is exact under
 ``loreg-exact-1``, if those factors are not absurdly wide (:data:`~loreg.algebra.forms.term.EXPANSION`). Else a

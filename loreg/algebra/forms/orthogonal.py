@@ -1,4 +1,4 @@
-"""Forms that rotate the weight: OFT and BOFT, of PEFT and of LyCORIS, under ``loreg-f64-1``.
+"""Forms that rotate the weight [F7]: OFT and BOFT, of PEFT and of LyCORIS, under ``loreg-f64-1``.
 
 OFT is Qiu et al. 2023 (arXiv 2306.07280), BOFT Liu et al. 2024 (arXiv 2311.06243). Both rotate vectors of the
 weight by matrices on a diagonal: its rows (``side`` "in") or its columns ("out"), a vector v becoming Q·v. A

@@ -1,4 +1,4 @@
-"""Forms that scale or replace whole rows or columns of the weight: exact, under ``loreg-exact-1``."""
+"""Forms that scale or replace whole rows or columns of the weight [F6]: exact, under ``loreg-exact-1``."""
 
 from __future__ import annotations
 

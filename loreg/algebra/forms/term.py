@@ -10,7 +10,7 @@ from torch import Tensor
 
 EXPANSION = 4
 """A form that is exact only with more columns than the adapter's rank keeps to that up to EXPANSION·min(out, in)
-of them, and computes a dense delta beyond. ``loreg.format.forms`` states the same rule for recipes."""
+of them, and computes a dense delta beyond [F5]. ``loreg.format.forms`` states the same rule for recipes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
