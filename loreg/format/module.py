@@ -121,6 +121,8 @@ class Module:
     def _is_stored_so(self, shape: tuple[int, ...]) -> bool:
         if self.kind == "vector":
             return shape == self.view and self.orientation == OUT_IN and self.in_features == 1
+        if self.kind == "experts":
+            return shape == self.view
         return len(shape) > 2 and prod(shape) == prod(self.view) and shape[0] == self.view[0]
 
     def _check(self, path: str, rank: int) -> None:
@@ -128,6 +130,11 @@ class Module:
             raise BadInput(f"{path}.terms: expected at least one term.")
         for term in self.terms:
             term.check((self.out_features, self.in_features), path)
+            stack = term.parameters["experts"] if isinstance(term, FormTerm) and term.form == "lora_experts" else None
+            if stack != (self.view[0] if self.kind == "experts" else None):  # [F2]
+                raise BadInput(
+                    f"{path}: a stack of matrices is edited by terms for as many experts, and nothing else by such."
+                )
         if self.rank != rank:  # [M4]
             raise BadInput(f"{path}.rank: expected {self.rank}, the sum over its terms, found {rank}.")
         if (self.bias_tensor is None) != (not self.bias_terms):  # [M4]

@@ -100,15 +100,16 @@ class TensorEdit:
             return found[2].view
         return shape if len(shape) == 2 else (prod(shape),)
 
-    def load(self, stored: StoredTensor, combining: Combining, device: torch.device) -> WeightedSum:
-        """The edit as a value, for the weight in the shape of ``view``; what has to be computed is, on ``device``."""
+    def load(self, name: str, stored: StoredTensor, combining: Combining, device: torch.device) -> WeightedSum:
+        """The edit of the tensor ``name`` as a value, in the shape of ``view``; what has to be computed is, on
+        ``device``. ``stored``: what it is made from, which has another name where two tied tensors become two."""
         view = self.view(stored.info.shape)
 
         def base() -> torch.Tensor:
             return values(stored).reshape(view).to(device)
 
         found = [(part.adapter, part.load(base, view, device)) for part in self.parts]
-        return combining.combine(stored.info.name, view, found, device)
+        return combining.combine(name, view, found, device)
 
 
 def edits_of(adapters: Sequence[AdapterInput]) -> dict[str, TensorEdit]:

@@ -161,7 +161,7 @@ class _Computation:
         position = shard.header.data_start + info.start
         try:
             shape = tensor.edit.view(info.shape)
-            edit = tensor.edit.load(stored, self._combining, self._device)
+            edit = tensor.edit.load(info.name, stored, self._combining, self._device)
             prepared = edit.prepare(shape, torch_dtype(stored.info.dtype, info.name), target, self._device)
             for first, tile, W in _tiles(stored, shape):
                 before.update(tile)

@@ -162,7 +162,7 @@ def _adapt(model: Any, subject: Subject) -> None:
             raise Unsupported(f"{name!r} is no parameter of {type(model).__name__}, so the model cannot be compared.")
         path, _, parameter = owners[name].rpartition(".")
         layer = model.get_submodule(path)
-        edit = output.edit.load(output.stored, subject.combining, CPU)
+        edit = output.edit.load(name, output.stored, subject.combining, CPU)
         found = output.edit.module()
         if found is not None and found[2].kind in _HOOKED and parameter == "weight":
             for delta in edit.low_rank:

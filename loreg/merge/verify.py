@@ -188,7 +188,7 @@ def _touched(subject: Subject, judge: Callable[[_Weight, int], str], found: str)
         if output.action is Action.REPLACE or output.stored is None:
             return _replaced(merged, output.edit)
         view = output.edit.view(output.info.shape)
-        edit = output.edit.load(output.stored, subject.combining, CPU)
+        edit = output.edit.load(name, output.stored, subject.combining, CPU)
         return judge(_Weight(values(output.stored).reshape(view), values(merged).reshape(view), edit), seed)
 
     start = int(subject.record.recipe.digest.hex[:8], 16)

@@ -189,6 +189,11 @@ def _stored() -> list[Vector]:
         made = term("dense", {}, value=filled("x", "F32", *size))
         return of("vector", stored, size, rank=0, terms=[made], **more)
 
+    def of_experts(kind: str, experts: int, **more: Any) -> Edit:
+        A, B = filled("right", "BF16", experts, 4), filled("left", "BF16", 3, experts)
+        made = term("lora_experts", {"experts": experts}, 1, A=A, B=B)
+        return lambda d: d["modules"]["h.0.attn.q"].update(kind=kind, rank=1, terms=[made], **more)
+
     def refused(name: str, description: str, edit: Edit, structure: bool = True) -> Vector:
         flags = ("Structure",) if structure else ()
         return refusal(f"stored-{name}", description, "M4", edit, flags)
@@ -207,6 +212,12 @@ def _stored() -> list[Vector]:
         refused("linear", "A matrix needs no other shape.", at(MODULE + "stored", [3, 4])),
         refused("experts-two", "A stack of two sizes.", of("experts", [3, 4])),
         refused("experts-elements", "A stack of other matrices.", of("experts", [2, 3, 5]), False),
+        refused("experts-turned", "A stack of matrices of other sides.", of("experts", [2, 4, 3]), False),
+        refused("experts-plain", "A stack, and a term for a matrix.", of("experts", [2, 3, 4]), False),
+        refused("experts-linear", "A matrix, and a term for a stack.", of_experts("linear", 2), False),
+        refused("experts-count", "A stack of three, and a term for two.", of_experts("experts", 2, stored=[3, 3, 4]),
+                False),
+        parsed("stored-experts", "A stack of two.", "M4 F2", of_experts("experts", 2, stored=[2, 3, 4])),
         refused("vector-two", "A weight of one dimension, with two sizes.", vector([3, 1])),
         refused("vector-size", "Of another size.", vector([4]), False),
         refused("vector-wide", "Of two columns.", vector([3], (3, 2))),
