@@ -38,8 +38,10 @@ def load_tensors(path: Path) -> tuple[RawTensor, ...]:
         raise BadInput(f"{path}: expected a map from names to tensors.")
     tensors = []
     for key, value in state.items():
-        if value.dtype not in NAMES or value.layout != torch.strided:
+        if value.dtype not in NAMES or value.layout != torch.strided or value.is_meta:
             raise BadInput(f"Tensor {key!r} in {path} is {value.layout} {value.dtype}: expected a dense tensor.")
-        raw = bytes(to_memory(value.contiguous()))
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():  # a few bytes, spread over terabytes
+            raise BadInput(f"Tensor {key!r} in {path} has more elements than the file holds: save it contiguously.")
+        raw = bytes(to_memory(value.resolve_conj().resolve_neg().contiguous()))
         tensors.append(RawTensor(key, NAMES[value.dtype], tuple(value.shape), raw))
     return tuple(tensors)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from refusal import refused
 
 import loreg
@@ -133,3 +134,21 @@ def test_a_damaged_blob_is_refused(pushed: loreg.Registry, tmp_path: Path, damag
         refused(again, tmp_path / "out", error, "is not in the store|is corrupt", error.exit_code),
     ):
         again.merge("sql", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(4, 6, device="meta"), "expected a dense tensor"),
+        (torch.ones(1).expand(4_000_000_000, 1000), "more elements than the file holds"),
+    ],
+    ids=["meta", "spread"],
+)
+def test_a_pickled_tensor_that_is_not_all_there_is_refused(
+    pushed: loreg.Registry, tmp_path: Path, tensor: torch.Tensor, message: str
+) -> None:
+    folder = tiny.write_adapter(tmp_path / "pickled", tiny.adapter())
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({f"{PREFIX}{tiny.Q}.lora_A.weight": tensor}, folder / "adapter_model.bin")
+    with pytest.raises(BadInput, match=message):
+        pushed.push(folder, base="base")
