@@ -52,6 +52,11 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
             module, found[weights[path]], fit.kind, fit.orientation, fit.out_in, bias, fit.stored
         )
     settled = tying.settled(pair, modules, replaced, known)
+    if pair is not None and settled.ties and tensors.get(pair[0], known[pair[1]]).content != known[pair[1]].content:
+        raise Unsupported(
+            f"The base stores {pair[0]!r} and {pair[1]!r} with different values, and its config says that they are "
+            "one (tie_word_embeddings): which the model uses cannot be told; set it to false in config.json."
+        )
     tying.check_sizes(models.words_of(config, tensors), settled, known)
     return Binding(settled.modules, settled.full, settled.ties, replaced.copies)
 

@@ -27,7 +27,7 @@ COMMON = frozenset(
 # A stranger's regular expressions are run on every module path: what can take exponential time is refused.
 _PATTERN_LENGTH = 512
 _QUANTIFIERS = 3
-_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+_QUANTIFIER = re.compile(r"(?<!\\)[*+{?]")
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)\s*[*+{]")
 
 
@@ -53,7 +53,7 @@ def check_pattern(pattern: object, where: str) -> None:
     for key, value in pattern.items():
         try:
             re.compile(key)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise BadInput(f"{where}: {key!r} is not a regular expression: {error}.") from error
         if len(key) > _PATTERN_LENGTH or len(_QUANTIFIER.findall(key)) > _QUANTIFIERS or _REPEATED_GROUP.search(key):
             raise Unsupported(
