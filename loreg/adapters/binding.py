@@ -51,6 +51,7 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
         modules[path] = BoundModule(
             module, found[weights[path]], fit.kind, fit.orientation, fit.out_in, bias, fit.stored
         )
+    _check_attention(draft, tensors, found, weights)
     settled = tying.settled(pair, modules, replaced, known)
     if pair is not None and settled.ties and tensors.get(pair[0], known[pair[1]]).content != known[pair[1]].content:
         raise Unsupported(
@@ -59,6 +60,24 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
         )
     tying.check_sizes(models.words_of(config, tensors), settled, known)
     return Binding(settled.modules, settled.full, settled.ties, replaced.copies)
+
+
+def _check_attention(
+    draft: Draft, tensors: Mapping[str, BaseTensor], found: Mapping[str, str], weights: Mapping[str, str]
+) -> None:
+    """torch's MultiheadAttention reads the weight of ``out_proj`` and never calls it: what wraps it alone is idle."""
+    for path, wanted in weights.items():
+        name = found[wanted]
+        owner = name.removesuffix("out_proj.weight")
+        if (
+            owner != name
+            and f"{owner}in_proj_weight" in tensors
+            and path.removesuffix(".out_proj") not in draft.modules
+        ):
+            raise Unsupported(
+                f"Module {path!r} is the projection of a torch MultiheadAttention, which uses its weight and not "
+                "what was trained beside it: the model that was trained does not have this change. Leave it out."
+            )
 
 
 def _full(draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor]) -> dict[str, BoundFull]:
@@ -107,7 +126,21 @@ def _fit(path: str, module: DraftModule, draft: Draft, found: Found, config: Map
     if len(weight.shape) == 2:
         kind = "embedding" if module.embedding else "linear" if orientation == OUT_IN else "conv1d"
         return _Fit(kind, orientation, out_in, None)
+    if not stacked:
+        _check_kernels(path, module, weight.shape)
     return _Fit("experts" if stacked else "conv", orientation, out_in, weight.shape)
+
+
+def _check_kernels(path: str, module: DraftModule, stored: tuple[int, ...]) -> None:
+    """BadInput for a tensor that has the weight's dimensions in another order: as a matrix it would fit."""
+    for term in module.terms:
+        for role in {"A", "value"} & set(term.tensors):
+            shape = term.tensors[role].shape
+            if len(shape) > 2 and shape[2:] != stored[2:]:
+                raise BadInput(
+                    f"Module {path!r}: expected {role} with a kernel of {list(stored[2:])}, as its layer has, found "
+                    f"{list(shape)}; was the adapter trained on another base?"
+                )
 
 
 def _matrix(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:

@@ -185,9 +185,15 @@ def _resizing(name: str, edit: TensorEdit, shape: tuple[int, ...], method: str) 
     if not changing or changing[0].replacement is None:
         return edit
     adapter, found = changing[0].adapter, changing[0].replacement.value.shape
-    if len(changing) > 1 or adapter.weight != 1 or len(found) != len(shape) or found[1:] != shape[1:]:
+    if (
+        len(changing) > 1
+        or adapter.weight != 1
+        or len(found) != len(shape)
+        or not shape[1:]
+        or found[1:] != shape[1:]
+    ):
         raise Unsupported(
-            f"{adapter.label} replaces {name!r} of shape {list(shape)} by one of {list(found)}: a tensor can gain or "
+            f"{adapter.label} replaces {name!r} of shape {list(shape)} by one of {list(found)}: a matrix can gain or "
             "lose rows, by one adapter at weight 1."
         )
     if method != "linear":

@@ -152,3 +152,24 @@ def test_a_pickled_tensor_that_is_not_all_there_is_refused(
     torch.save({f"{PREFIX}{tiny.Q}.lora_A.weight": tensor}, folder / "adapter_model.bin")
     with pytest.raises(BadInput, match=message):
         pushed.push(folder, base="base")
+
+
+@pytest.mark.parametrize("pattern", ["(a|a)" * 40 + "b", "a?" * 40 + "a" * 40, "a{99999999999}", "(" * 600])
+def test_a_pattern_that_could_take_for_ever_is_refused(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
+    folder = tiny.write_adapter(tmp_path / "slow", tiny.adapter(), alpha_pattern={pattern: 4})
+    with pytest.raises(BadInput, match="alpha_pattern"):
+        pushed.push(folder, base="base")
+
+
+def test_a_card_of_empty_lines_is_read_at_once(pushed: loreg.Registry, tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "card", tiny.adapter())
+    (folder / "README.md").write_text("---\n" + "\n" * 300_000)
+    assert pushed.push(folder, base="base").manifest.provenance.license is None
+
+
+def test_a_norm_of_another_size_is_no_resize(pushed: loreg.Registry, tmp_path: Path) -> None:
+    size = tiny.model()[tiny.NORM].shape[0]
+    full = {tiny.NORM: tiny.normal(np.random.default_rng(0), "BF16", size + 1)}
+    pushed.push(tiny.write_adapter(tmp_path / "norm", {}, full=full), base="base")
+    with pytest.raises(Unsupported, match="a matrix can gain or lose rows"):
+        pushed.merge("norm", tmp_path / "out")

@@ -15,7 +15,7 @@ from loreg.adapters.peft.config import CONFIG, read_config
 from loreg.adapters.peft.contents import ReadContents
 from loreg.adapters.peft.directory import WEIGHTS, license_of, read_weights, side_files
 from loreg.adapters.peft.refused import why_refused
-from loreg.errors import Unsupported, UsageError
+from loreg.errors import BadInput, Unsupported, UsageError
 
 TYPES: Mapping[str, ReadContents] = {
     "LORA": lora.read,
@@ -46,6 +46,9 @@ def read(folder: Path, initial: Path | None = None) -> Draft:
         raise Unsupported(f"{folder / CONFIG}: peft_type is {kind!r}, {why_refused(kind)}.")
     weights = read_weights(folder)
     tensors = {tensor.key: tensor for tensor in weights.tensors}
+    for tensor in weights.tensors:
+        if 0 in (len(tensor.shape), *tensor.shape):
+            raise BadInput(f"Tensor {tensor.key!r} has shape {list(tensor.shape)}: expected elements in dimensions.")
     if initial is None:
         contents = TYPES[kind](tensors, config, folder / CONFIG)
     elif kind == "LORA":

@@ -26,6 +26,8 @@ COMMON = frozenset(
 
 # A stranger's regular expressions are run on every module path: what can take exponential time is refused.
 _PATTERN_LENGTH = 512
+_GROUPS = 8
+_GROUP = re.compile(r"(?<!\\)\(")
 _QUANTIFIERS = 3
 _QUANTIFIER = re.compile(r"(?<!\\)[*+{?]")
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)\s*[*+{]")
@@ -51,11 +53,16 @@ def check_pattern(pattern: object, where: str) -> None:
     if not isinstance(pattern, dict):
         raise BadInput(f"{where}: expected an object, found {pattern!r}.")
     for key, value in pattern.items():
+        if len(key) > _PATTERN_LENGTH or len(_GROUP.findall(key)) > _GROUPS:
+            raise Unsupported(
+                f"{where}: {key[:60]!r} has over {_PATTERN_LENGTH} characters or {_GROUPS} groups, and "
+                "such an expression can take for ever to match: write it with fewer."
+            )
         try:
-            re.compile(key)
+            re.compile(rf"(.*\.)?({key})$")  # as it is used: flags, for one, are no more at its beginning
         except (re.error, OverflowError, RecursionError) as error:
             raise BadInput(f"{where}: {key!r} is not a regular expression: {error}.") from error
-        if len(key) > _PATTERN_LENGTH or len(_QUANTIFIER.findall(key)) > _QUANTIFIERS or _REPEATED_GROUP.search(key):
+        if len(_QUANTIFIER.findall(key)) > _QUANTIFIERS or _REPEATED_GROUP.search(key):
             raise Unsupported(
                 f"{where}: {key[:60]!r} repeats a group, or more than {_QUANTIFIERS} times something else, and "
                 "such an expression can take for ever to match: write it with fewer repetitions."

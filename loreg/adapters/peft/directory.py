@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -17,6 +18,9 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 
 # Small files that belong to an adapter; weights, optimizer states and the like do not.
 _KEPT_SUFFIXES = frozenset({".json", ".md", ".txt", ".jinja", ".model", ".yaml", ".yml", ""})
+
+
+_MATTER = 1 << 16  # characters of a card that may be front matter
 
 
 def read_weights(folder: Path) -> DraftFile:
@@ -59,6 +63,10 @@ def license_of(card: Path) -> str | None:
     """The licence that the front matter of a model card names."""
     if not card.is_file():
         return None
-    matter = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*['\"]?([A-Za-z0-9.+-]{1,64})", matter[1], re.MULTILINE) if matter else None
-    return found[1] if found else None
+    first, *lines = card.read_text(encoding="utf-8", errors="replace")[:_MATTER].splitlines() or [""]
+    if first.rstrip() != "---":
+        return None
+    for line in itertools.takewhile(lambda line: line.rstrip() != "---", lines):
+        if found := re.match(r"license: *['\"]?([A-Za-z0-9.+-]{1,64})", line):
+            return found[1]
+    return None
