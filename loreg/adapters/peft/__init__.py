@@ -47,8 +47,8 @@ def read(folder: Path, initial: Path | None = None) -> Draft:
     weights = read_weights(folder)
     tensors = {tensor.key: tensor for tensor in weights.tensors}
     for tensor in weights.tensors:
-        if 0 in (len(tensor.shape), *tensor.shape):
-            raise BadInput(f"Tensor {tensor.key!r} has shape {list(tensor.shape)}: expected elements in dimensions.")
+        if not tensor.shape:
+            raise BadInput(f"Tensor {tensor.key!r} has no dimensions: expected a vector or a matrix.")
     if initial is None:
         contents = TYPES[kind](tensors, config, folder / CONFIG)
     elif kind == "LORA":
