@@ -28,7 +28,7 @@ from loreg.errors import BadInput, Unsupported
 BLOCK_ELEMENTS = 2**18
 """Elements per block: 2 MiB of float64, which stays in cache; twice that cost a third of the speed."""
 
-_EXACT_TERMS = 2**17  # doubles that one batch of the exact stage expands to
+_EXACT_TERMS = 2**18  # doubles that one batch of the exact stage expands to
 
 
 def _in_safe_range(x: Tensor) -> bool:

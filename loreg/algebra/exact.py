@@ -44,12 +44,14 @@ def _split(a: Doubles) -> tuple[Doubles, Doubles]:
     return high, a - high
 
 
-def _two_product(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
-    """(p, e) with p = fl(a·b) and p + e = a·b exactly (Dekker), short of over- and underflow."""
+def _product(a: Doubles, b: Doubles) -> tuple[Doubles, ...]:
+    """(p, e) with p = fl(a·b) and p + e = a·b exactly (Dekker), short of over- and underflow; (p,) where e is 0."""
     p = a * b
+    if a.size == 1 and abs(math.frexp(a.item())[0]) == 0.5:  # a scale that is a power of two, as α/r often is
+        return (p,)
     (ah, al), (bh, bl) = _split(a), _split(b)
-    if not (al.any() or bl.any()):
-        return p, np.zeros_like(p)  # 26 bits by 26: what factors of 32 bits or fewer always are
+    if not (al.any() or bl.any()):  # 26 bits by 26: what factors of 32 bits or fewer always are
+        return (p,)
     return p, al * bl - (((p - ah * bh) - al * bh) - ah * bl)
 
 
@@ -66,12 +68,18 @@ def _to_odd(high: Doubles, low: Doubles) -> Doubles:
 
 
 def _pass(terms: Doubles) -> None:
-    """One TwoSum pass down the rows, in place: the sum of each column stays exactly what it was, the last
-    row becomes its float64 sum and the others the errors made on the way."""
-    total = terms[0].copy()
-    for i in range(1, len(terms)):
-        total, terms[i - 1] = _two_sum(total, terms[i])
-    terms[-1] = total
+    """One TwoSum pass over the rows, in place: the sum of each column stays exactly what it was. The last row
+    becomes its float64 sum, the first the error of the last addition, the others those made before.
+
+    All but the last are added by pairs, log2(m) calls for m rows: one call for each row costs more than its sums.
+    """
+    count = len(terms) - 1
+    while count > 1:
+        half = count // 2
+        upper = slice(count - half, count)
+        terms[:half], terms[upper] = _two_sum(terms[:half], terms[upper])
+        count -= half
+    terms[-1], terms[0] = _two_sum(terms[0], terms[-1])
 
 
 def _distil(terms: Doubles) -> tuple[Doubles, NDArray[np.intp]]:
@@ -86,7 +94,7 @@ def _distil(terms: Doubles) -> tuple[Doubles, NDArray[np.intp]]:
     undecided = np.arange(terms.shape[1])
     for _ in range(_PASSES):
         _pass(terms)
-        rest, low, high = np.abs(terms[:-2]).sum(axis=0), terms[-2], terms[-1]
+        rest, low, high = np.abs(terms[1:-1]).sum(axis=0), terms[0], terms[-1]
         settled = (rest == 0) | (np.abs(low) > 2 * rest)
         odd[undecided[settled]] = _to_odd(high[settled], low[settled])
         undecided, terms = undecided[~settled], terms[:, ~settled]
@@ -122,16 +130,14 @@ def exact_sum(
     with np.errstate(all="ignore"):  # what is not safe may overflow here, and is decided below
         for d, x in dense:
             scale = np.array([d])
-            parts += (part[None] for part in _two_product(scale, x))
+            parts += (part[None] for part in _product(scale, x))
             safe &= _is_safe(scale) & _is_safe(x)
         for c, b, a in low_rank:
             scale = np.array([c])
-            for product in _two_product(b, a):
-                if product.any():
-                    parts += _two_product(scale, product)
+            parts += (part for product in _product(b, a) for part in _product(scale, product))
             safe &= _is_safe(scale) & _is_safe(b).all(axis=0) & _is_safe(a).all(axis=0)
         padding = np.zeros((2, weight.size))
-        odd, undecided = _distil(np.concatenate([padding, *(part[part.any(axis=1)] for part in parts)]))
+        odd, undecided = _distil(np.concatenate([padding, *parts]))
     for j in np.union1d(undecided, np.flatnonzero(~safe)):
         odd[j] = _odd_fraction(_rational(j, weight, dense, low_rank))
     return odd
