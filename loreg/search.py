@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from loreg.errors import NotFound, UsageError
@@ -123,24 +124,15 @@ def search_weights(
     """
     names = _checked_names(adapters)
     low, high = _checked_bounds(bounds)
-    if budget < 1 or not 0 <= digits <= 15 or not 0 <= regularisation < math.inf:
-        raise UsageError(
-            f"budget {budget}, digits {digits} or regularisation {regularisation} is out of range: expected at least "
-            "1, 0 to 15, and a finite number of at least 0."
-        )
-    if goal not in ("lowest", "highest") or method not in METHODS:
-        raise UsageError(
-            f"goal {goal!r} or method {method!r} is unknown: expected 'lowest' or 'highest', and one of "
-            f"{', '.join(METHODS)}."
-        )
-    if strangers := sorted(set(start or {}) - set(names)):
-        raise UsageError(f"start has a weight for {strangers[0]!r}, which is not one of the adapters.")
+    begin = _checked_start(start, names)
+    _check_functions(score, watch)
+    _check_options(budget, digits, regularisation, seed, goal, method)
     if method == "auto":
         method = "cobyqa" if budget >= 4 * len(names) else "cobyla"
     optimize = _scipy()
     trials = _Trials(score, names, budget, (low, high), goal == "highest", regularisation, digits, watch)
     rng = random.Random(seed)
-    first = tuple(min(max(float((start or {}).get(name, 0.0)), low), high) for name in names)
+    first = tuple(min(max(weight, low), high) for weight in begin)
     try:
         trials(first)
         point = first
@@ -243,7 +235,9 @@ def _scipy() -> Any:
 
 
 def _checked_names(adapters: Sequence[str]) -> tuple[str, ...]:
-    names = (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    names = (adapters,) if isinstance(adapters, str) else tuple(adapters) if isinstance(adapters, Iterable) else ()
+    if not isinstance(adapters, Iterable) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"The adapters are {adapters!r}: expected a list of names.")
     for name in names:
         Reference.parse(name)
     if not names or len(set(names)) != len(names):
@@ -252,7 +246,60 @@ def _checked_names(adapters: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    ends = [_finite(end) for end in bounds] if isinstance(bounds, Iterable) else []
+    low, high = ends if len(ends) == 2 else (None, None)
+    if low is None or high is None or low >= high:
         raise UsageError(f"The bounds of the weights are {bounds}: expected two finite numbers, the lower first.")
-    return float(low), float(high)
+    return low, high
+
+
+def _checked_start(start: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
+    """The weights to begin with, in the order of ``names``."""
+    if start is not None and not isinstance(start, Mapping):
+        raise UsageError(f"start is {start!r}: expected a map from adapters to weights.")
+    if strangers := [name for name in start or () if name not in names]:
+        raise UsageError(f"start has a weight for {strangers[0]!r}, which is not one of the adapters.")
+    weights = {name: _finite((start or {}).get(name, 0.0)) for name in names}
+    for name, weight in weights.items():
+        if weight is None:
+            raise UsageError(f"start has the weight {(start or {})[name]!r} for {name!r}: expected a finite number.")
+    return [weight for weight in weights.values() if weight is not None]
+
+
+def _check_functions(score: object, watch: object) -> None:
+    for what, function in (("score", score), ("watch", watch)):
+        if not callable(function) and (function is not None or what == "score"):
+            raise UsageError(f"{what} is {function!r}: expected a function that can be called.")
+
+
+def _check_options(budget: int, digits: int, regularisation: float, seed: int, goal: str, method: str) -> None:
+    penalty = _finite(regularisation)
+    if not (_is_whole(budget) and budget >= 1 and _is_whole(digits) and 0 <= digits <= 15) or (
+        penalty is None or penalty < 0
+    ):
+        raise UsageError(
+            f"budget {budget!r}, digits {digits!r} or regularisation {regularisation!r} is out of range: expected a "
+            "whole number of at least 1, one from 0 to 15, and a finite number of at least 0."
+        )
+    if not _is_whole(seed):
+        raise UsageError(f"seed is {seed!r}: expected a whole number.")
+    if goal not in ("lowest", "highest") or method not in METHODS:
+        raise UsageError(
+            f"goal {goal!r} or method {method!r} is unknown: expected 'lowest' or 'highest', and one of "
+            f"{', '.join(METHODS)}."
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's integers too
+
+
+def _finite(value: object) -> float | None:
+    """A number as a double, NumPy's too; None for anything else, and for what no double can be."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None

@@ -1,10 +1,11 @@
-"""The examples and the README run as they stand, most of them on the real weights."""
+"""The examples and the README run as they stand: on tiny models, and on the real weights where they are installed."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny
+from click.testing import CliRunner
+from hub_server import HubServer
+
+import loreg
+from loreg.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,32 +76,97 @@ def test_the_adapters_visibly_change_the_text(demo: str) -> None:
         assert len(set(answers.values())) >= 3
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUANTISED = ROOT / "tests" / "peers" / "fixtures" / "quantised" / "bnb-nf4-nested"
+
+
 def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert found, f"README.md has no {language} block"
     return found
 
 
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for line in "".join(blocks("sh")).splitlines()]
+
+
+def test_what_the_readme_shows_is_run() -> None:
+    """By the tests below; but for how loreg, and what it needs, is installed."""
+    assert set(re.findall(r"^```(.+)$", README, re.MULTILINE)) == {"sh", "python"}
+    prose = re.sub(r"^```\w+\n.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^(?: {4}|\t)\s*(\S+)", prose, re.MULTILINE)) == {"pip", "make"}
+    assert {program for program, *_ in commands()} == {"loreg"}
+
+
 @pytest.fixture
-def sandbox(demo: str, tmp_path: Path) -> Path:
-    """A directory with the README's paths in it, where its commands can write."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Path:
+    """A working directory with a registry of its own, a quantised model, and a Hub for oneself."""
+    shutil.copytree(QUANTISED, tmp_path / "llama-nf4")
     (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "smollm2-135m").symlink_to(ROOT / "demo" / "smollm2-135m")
+    for name, value in {**hub.environment(tmp_path / "hf"), "LOREG_HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@on_real_weights
-def test_readme_commands(sandbox: Path) -> None:
-    for line in "".join(blocks("sh")).splitlines():
-        run(shlex.split(line), sandbox, LOREG_HOME=str(sandbox / "home"))
-    assert (sandbox / "demo" / "sql-as-pushed" / "adapter_config.json").is_file()
+@pytest.fixture
+def small(sandbox: Path) -> Path:
+    """The README's paths, with a tiny model and tiny adapters."""
+    rows, columns = 32, 24
+    tiny.write_model(sandbox / "demo" / "smollm2-135m", tiny.model(rows=rows, cols=columns))
+    for seed, name in enumerate(("sql", "humor"), 1):
+        modules = tiny.adapter(seed=seed, rank=4, rows=rows, cols=columns)
+        tiny.write_adapter(sandbox / "examples" / "adapters" / name, modules)
+    return sandbox
+
+
+@pytest.fixture
+def real(demo: str, sandbox: Path) -> Path:
+    """The README's paths, with what the demo left there."""
+    (sandbox / "examples").symlink_to(ROOT / "examples")
+    (sandbox / "demo" / "smollm2-135m").symlink_to(ROOT / "demo" / "smollm2-135m")
+    return sandbox
+
+
+def check_outcome(folder: Path, hub: HubServer) -> None:
+    """What the commands of the README leave."""
+    demo = folder / "demo"
+    base, back = ((demo / name / "model.safetensors").read_bytes() for name in ("smollm2-135m", "base-again"))
+    assert base == back
+    pushed, exported = (tiny.files_in(place) for place in (folder / "examples/adapters/sql", demo / "sql-as-pushed"))
+    assert exported == {name: pushed[name] for name in exported} and "adapter_config.json" in exported
+    assert all(tensor.dtype != "U8" for tensor in tiny.tensors_in(folder / "llama-bf16").values())
+    assert set(hub.repos) == {"you/sql-lora"}
+    with loreg.open(folder / "home") as registry:
+        assert {8} == {module.rank for module in registry.resolve("mixed").manifest.modules.values()}
+
+
+def test_readme_commands(small: Path, hub: HubServer) -> None:
+    for program, *arguments in commands():
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, f"{program} {shlex.join(arguments)}: {result.output}"
+    check_outcome(small, hub)
+
+
+def test_readme_python(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec("\n".join(blocks("python")), names)
+    assert " True\n" in capsys.readouterr().out
+    assert names["found"].weights == pytest.approx({"sql": 0.7, "humor": -0.3}, abs=0.05)
+    assert names["factors"][tiny.Q][0].shape == (4, 24)
+    assert (small / "demo" / "found" / "loreg.json").is_file()
 
 
 @on_real_weights
-def test_readme_python(sandbox: Path) -> None:
-    printed = run([sys.executable, "-c", "\n".join(blocks("python"))], sandbox, LOREG_HOME=str(sandbox / "home"))
-    assert " True\n" in printed
+def test_readme_commands_on_real_weights(real: Path, hub: HubServer) -> None:
+    for command in commands():
+        run(command, real)
+    check_outcome(real, hub)
+
+
+@on_real_weights
+def test_readme_python_on_real_weights(real: Path) -> None:
+    assert " True\n" in run([sys.executable, "-c", "\n".join(blocks("python"))], real)
 
 
 def test_the_search_finds_the_weights_that_the_task_is_made_of() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,7 +16,7 @@ from loreg.cli.adapters import version_document, version_text
 from loreg.cli.console import Console
 from loreg.cli.program import Command
 from loreg.errors import UsageError
-from loreg.format.methods import METHODS
+from loreg.format.methods import METHODS, REQUIRED, Method, Parameter
 
 if TYPE_CHECKING:
     from loreg.merge.verify import Verification
@@ -180,26 +183,69 @@ def compose(console: Console, /, expression: str, name: str, **options: Any) -> 
 def list_methods(console: Console) -> None:
     """List the ways to combine adapters, with their parameters.
 
-    A family alone, such as ties, means its mergekit definition.
+    SPACE is what a method works on: exact, the terms of the sum; dense, the delta of each adapter; factors, its A and
+    B. What a dense one gives, compose truncates: it takes rank and energy as well, and needs one of them. A family
+    alone, such as ties, means its mergekit definition.
     """
-    rows = METHODS.items()
-    document = {
-        "methods": [
-            {
-                "name": name,
-                "summary": row.summary,
-                "source": row.source,
-                "arithmetic": row.arithmetic,
-                "parameters": {key: parameter.help for key, parameter in row.parameters.items()},
-            }
-            for name, row in rows
-        ]
+    told: list[Sequence[str]] = []
+    for name, row in METHODS.items():
+        told.append((name, _count(row), row.space, row.summary))
+        told += [(f"  {_default(key, one)}", "", "", one.help) for key, one in row.parameters.items()]
+    document = {"methods": [_document(name, row) for name, row in METHODS.items()]}
+    header = ("METHOD", "ADAPTERS", "SPACE", "HELP")
+    console.emit(document, text.table(header, _wrapped(header, told), give=3))
+
+
+def _wrapped(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """On a terminal, rows whose last cell fits what the others leave of a line, and goes on in rows below: a sentence
+    that is cut helps nobody."""
+    if not text.is_terminal(sys.stdout):
+        yield from rows
+        return
+    taken = sum(max(map(len, cells)) + 2 for cells in list(zip(header, *rows, strict=True))[:-1])
+    room = max(12, shutil.get_terminal_size().columns - taken)
+    for *first, help_ in rows:
+        line, *others = textwrap.wrap(help_, room)
+        yield [*first, line]
+        yield from ([*("" for _ in first), other] for other in others)
+
+
+def _document(name: str, row: Method) -> dict[str, Any]:
+    least, most = row.adapters
+    parameters = [
+        {
+            "name": key,
+            "required": parameter.default is REQUIRED,
+            "default": None if parameter.default is REQUIRED else parameter.default,
+            "help": parameter.help,
+        }
+        for key, parameter in row.parameters.items()
+    ]
+    return {
+        "name": name,
+        "summary": row.summary,
+        "source": row.source,
+        "arithmetic": row.arithmetic,
+        "space": row.space,
+        "adapters": {"least": least, "most": most},
+        "parameters": parameters,
     }
-    told = []
-    for name, row in rows:
-        told.append(f"{click.style(name, bold=True)}  {row.summary}")
-        told += [f"    {key}: {parameter.help}" for key, parameter in row.parameters.items()]
-    console.emit(document, "\n".join(told))
+
+
+def _count(row: Method) -> str:
+    """The number of adapters that a method takes."""
+    least, most = row.adapters
+    if most is None:
+        return "any" if least == 1 else f"{least}+"
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def _default(key: str, parameter: Parameter) -> str:
+    """A parameter and its default in the way of --param."""
+    default = parameter.default
+    if default is REQUIRED:
+        return f"{key} (required)"
+    return f"{key}={default if isinstance(default, str) else json.dumps(default)}"
 
 
 @click.command(cls=Command)

@@ -46,8 +46,10 @@ class Method:
     """A row. ``space``: what it works on. ``exact``: the terms of a sum; ``dense``: each adapter's ΔW, by
     ``loreg.algebra.elementwise``; ``factors``: A and B, by ``loreg.algebra.factor_space``, for composing only.
 
-    ``adapters``: the least and the greatest number of them. ``check``: what is wrong with parameters that are each
-    right, as a phrase, or None.
+    ``sums``: whether it gives the weighted sum, whole or truncated: then biases add, and a replaced tensor of the sum
+    is what it is. ``composes_only``: whether it gives one pair of factors for each module, so that a merge by it
+    composes a version first, and merges that. ``adapters``: the least and the greatest number of them. ``check``:
+    what is wrong with parameters that are each right, as a phrase, or None.
     """
 
     arithmetic: str
@@ -55,8 +57,15 @@ class Method:
     summary: str
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    sums: bool = False
+    composes_only: bool = False
     adapters: tuple[int, int | None] = (1, None)
     check: Callable[[Mapping[str, Any]], str | None] = _no_check
+
+    @property
+    def keeps_terms(self) -> bool:
+        """Whether it keeps every term as it is, and combines nothing: of no adapters it is the base."""
+        return self.space == "exact" and not self.composes_only
 
 
 def _real(test: Callable[[float], bool], expected: str) -> Callable[[Fields, str], float]:
@@ -260,17 +269,25 @@ _inner = Parameter(
 
 
 def _factors(summary: str, source: str, parameters: Mapping[str, Parameter], **more: Any) -> Method:
-    return Method(LAPACK, "factors", summary, source, parameters, **more)
+    return Method(LAPACK, "factors", summary, source, parameters, composes_only=True, **more)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "linear": Method(EXACT, "exact", "The weighted sum, exactly.", "spec/loreg-1.md, A1"),
-        "cat": Method(EXACT, "exact", "The weighted sum as one adapter whose rank is the sum of ranks.", "as linear"),
+        "linear": Method(EXACT, "exact", "The weighted sum, exactly.", "spec/loreg-1.md, A1", sums=True),
+        "cat": Method(
+            EXACT,
+            "exact",
+            "The weighted sum as one adapter whose rank is the sum of ranks.",
+            "as linear",
+            sums=True,
+            composes_only=True,
+        ),
         "svd": _factors(
-            "The weighted sum, truncated to a rank or to a share of its energy.",
+            "The weighted sum, truncated to a rank or to a share of its energy: give one of them.",
             "Eckart & Young 1936; loreg/algebra/truncate.py",
             _TRUNCATION,
+            sums=True,
             check=_some_truncation,
         ),
         "peft_linear": _factors(
@@ -303,6 +320,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 """Every method by its full name."""
 
+SUMS = tuple(name for name, row in METHODS.items() if row.sums)
+"""The methods that give the weighted sum."""
 
 _DEFINITION = ":mergekit"
 

@@ -119,7 +119,7 @@ class Recipe:
 
     def require_merge(self, path: str) -> None:
         """BadInput unless this is how a model is merged, and not how an adapter was composed [R3]."""
-        if self.method == "cat" or self.arithmetic == LAPACK:
+        if METHODS[self.method].composes_only or self.arithmetic == LAPACK:
             raise BadInput(f"{path}: expected a method that merges to the same bits anywhere, found {self.method!r}.")
 
 

@@ -36,7 +36,7 @@ class Combining:
         ``linear`` keeps every term, exactly [A2]. Any other method is given each adapter's delta in float64 [A6, C2],
         zero where it leaves the tensor alone: to the model that it makes, that is what it adds.
         """
-        if self.method == "linear":
+        if methods.METHODS[self.method].keeps_terms:
             total = WeightedSum()
             for adapter, edit in edits:
                 total += edit.scaled(adapter.weight)
@@ -65,7 +65,8 @@ def mask_key(seed: int, adapter: Digest, tensor: str) -> int:
 
 def arithmetic_of(method: str, manifests: Iterable[AdapterManifest]) -> str:
     """The arithmetic of a merge [R3]: exact sums, unless the method or one of the forms needs norms or roots."""
-    if method != "linear":
-        return methods.METHODS[method].arithmetic
+    row = methods.METHODS[method]
+    if not row.keeps_terms:
+        return row.arithmetic
     modules = (module for manifest in manifests for module in manifest.modules.values())
     return EXACT if all(module.exact for module in modules) else ORDERED

@@ -13,6 +13,7 @@ from loreg.checkpoint import Checkpoint, StoredTensor
 from loreg.digest import Digest
 from loreg.errors import BadInput, Unsupported
 from loreg.format.fingerprint import BaseTensor
+from loreg.format.methods import METHODS
 from loreg.format.recipe import DTYPES
 from loreg.format.safetensors import Header, TensorInfo, canonical_header
 from loreg.merge.edits import TensorEdit
@@ -103,7 +104,7 @@ class Layout:
                 raise BadInput(f"{part.adapter.label} takes {name!r} for another kind of layer than the others do.")
         if edit.parts or edit.origin:
             self._check_shared(name, edit, shape, config)
-        copied = edit.replaces() is not None and self.method == "linear"
+        copied = edit.replaces() is not None and METHODS[self.method].keeps_terms
         if stored.info.dtype not in DTYPES and edit.parts and not copied:
             raise Unsupported(f"{name!r} is stored as {stored.info.dtype}: merging handles {', '.join(DTYPES)}.")
         return edit
@@ -158,7 +159,7 @@ class Layout:
     def _output(self, name: str, edit: TensorEdit) -> OutputTensor:
         stored = self.source(name)
         # To another method than a sum a replacement is a delta like any other, whatever its weight.
-        replacing = edit.replaces() if stored is None or self.method == "linear" else None
+        replacing = edit.replaces() if stored is None or METHODS[self.method].keeps_terms else None
         replacement = replacing.replacement if replacing else None
         if stored is None:
             if replacement is None:
@@ -196,7 +197,7 @@ def _resizing(name: str, edit: TensorEdit, shape: tuple[int, ...], method: str) 
             f"{adapter.label} replaces {name!r} of shape {list(shape)} by one of {list(found)}: a matrix can gain or "
             "lose rows, by one adapter at weight 1."
         )
-    if method != "linear":
+    if not METHODS[method].keeps_terms:
         raise Unsupported(f"{adapter.label} resizes {name!r}, for which {method} is not defined: merge by linear.")
     return edit.starting_from(changing[0])
 

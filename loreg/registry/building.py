@@ -15,11 +15,13 @@ from loreg.algebra import factor_space
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.algebra.densify import dense_delta
 from loreg.algebra.factor_space import Adapters
+from loreg.algebra.factor_space.concatenation import cat
 from loreg.algebra.rounding import round_to
 from loreg.algebra.truncate import square_norm, truncate, truncate_dense
 from loreg.checkpoint import StoredTensor
 from loreg.errors import Unsupported
 from loreg.format.manifest import AdapterManifest
+from loreg.format.methods import METHODS, SUMS
 from loreg.format.module import IN_OUT, Module
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.merge.combining import Combining, mask_key
@@ -28,6 +30,11 @@ from loreg.registry.packing import Package, reference
 
 _COMFORTABLE = 32
 """Factors of up to two to this, and down to its inverse, are stored as they are."""
+
+MERGE = "merge the expression by linear or by a method on dense deltas, which 'loreg methods' lists"
+"""What can be done with what does not compose. Not by a method on factors: it composes before it merges."""
+
+_NO_FACTORS = "expected some; compose or merge by linear, or by a method on dense deltas, which 'loreg methods' lists"
 
 _T = TypeVar("_T", LowRankTerm | FormTerm, BiasTerm | FormTerm)
 
@@ -67,10 +74,14 @@ def of_path(path: str, parts: Sequence[Part]) -> list[tuple[Part, Module]]:
     for part, module in found:
         if (module.shape, module.view, module.orientation) != (first.shape, first.view, first.orientation):
             raise Unsupported(
-                f"{path!r} has shape {list(first.shape)} in one adapter and {list(module.shape)} in "
-                f"{part.input.label}: deltas of different shapes do not add."
+                f"{path!r} is {_described(first)} in one adapter and {_described(module)} in {part.input.label}: "
+                "expected the same, as deltas of different layers do not add; compose adapters of one model."
             )
     return found
+
+
+def _described(module: Module) -> str:
+    return f"{module.kind} of shape {list(module.shape)}, {module.orientation}"
 
 
 def _sum_of_biases(path: str, found: Sequence[tuple[Part, Module]], package: Package) -> dict[str, Any]:
@@ -126,16 +137,20 @@ class Factored:
     def module(self, path: str) -> Module:
         found = of_path(path, self.parts)
         biased = [part for part, module in found if module.bias_terms]
-        if biased and self.method not in ("svd", "cat"):
+        if biased and not self._sums:
             raise Unsupported(
                 f"{biased[0].input.label} has a trained bias at {path!r}, for which {self.method} is not defined: "
-                "use linear, svd, or one of the methods on dense deltas."
+                f"use {', '.join(SUMS)}, or one of the methods on dense deltas, which 'loreg methods' lists."
             )
         turned = found[0][1].orientation == IN_OUT
         given = [(part.weight, self._factors(part, path, turned)) for part in self.parts]
         delta = self._combined(given, self._keys(found[0][1].tensor))
         term = _stored(delta, found[0][1], self.package, path)
         return replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
+
+    @property
+    def _sums(self) -> bool:
+        return METHODS[self.method].sums
 
     def _keys(self, tensor: str) -> tuple[int, ...]:
         seed = self.parameters.get("seed", 0)
@@ -144,14 +159,15 @@ class Factored:
     def _combined(self, given: Adapters, keys: tuple[int, ...]) -> LowRank:
         """What the method makes of a module's factors; what its truncation loses is added to the account."""
         limits = {name: self.parameters.get(name) for name in ("rank", "energy")}
-        if self.method == "svd":
-            result = truncate(factor_space.METHODS["cat"](given, {}), **limits)
+        limited = any(limit is not None for limit in limits.values())
+        if limited and self._sums:  # the singular values of a sum say what its truncation loses
+            result = truncate(cat(given, {}), **limits)
             total = float(result.singular_values.square().sum())
             self.total += total
             self.error += result.relative_error**2 * total
             return result.delta
         made = factor_space.METHODS[self.method](given, {**self.parameters, "keys": keys})
-        if any(limit is not None for limit in limits.values()):
+        if limited:
             unlimited = {**self.parameters, **dict.fromkeys(limits), "keys": keys}
             whole = factor_space.METHODS[self.method](given, unlimited)
             self.total += square_norm(whole)
@@ -184,7 +200,10 @@ class Truncating:
         found = of_path(path, self.parts)
         module = found[0][1]
         if len(module.view) != 2:
-            raise Unsupported(f"{path!r} is a stack of weights, which has no truncated form: merge the expression.")
+            raise Unsupported(
+                f"{path!r} is {_described(module)}, and what {self.combining.method} makes of it can be truncated "
+                "only if it is a matrix: merge the expression by the same method, or compose it by linear."
+            )
 
         def weight() -> torch.Tensor:
             return values(self.base(module.tensor)).reshape(module.view).to(self.device)
@@ -221,12 +240,15 @@ def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[Low
     def base() -> torch.Tensor:
         raise Unsupported(
             f"{adapter.label} changes {path!r} in a way that depends on the base's weight (DoRA, a rotation, "
-            "replaced rows), so it has no factors: merge it, or use a method on dense deltas."
+            f"replaced rows), so it has no factors: {_NO_FACTORS}."
         )
 
-    edit = adapter.weight_edit(path, base, device)
+    module, edit = adapter.manifest.modules[path], adapter.weight_edit(path, base, device)
     if edit.dense or len(edit.shape or ()) != 2:
-        raise Unsupported(f"{adapter.label} changes {path!r} by more than one product of factors: merge it.")
+        raise Unsupported(
+            f"{adapter.label} changes {path!r}, {_described(module)}, by what is no sum of products of two matrices: "
+            f"{_NO_FACTORS}."
+        )
     return edit.low_rank
 
 

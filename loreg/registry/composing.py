@@ -16,19 +16,17 @@ from loreg.format.base import BaseReference
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.manifest import AdapterManifest, Provenance, Tie
 from loreg.format.module import IN_OUT, OUT_IN, FullTensor, Module
-from loreg.format.recipe import Recipe
+from loreg.format.recipe import DTYPES, Recipe
 from loreg.format.reference import check_name, check_tag, format_weight, parse_expression
 from loreg.format.terms import FormTerm
 from loreg.merge.combining import Combining, arithmetic_of
 from loreg.registry.bases import check_files
-from loreg.registry.building import Builder, Factored, Part, SideBySide, Truncating
-from loreg.registry.core import Registry, Version, silent
+from loreg.registry.building import MERGE, Builder, Factored, Part, SideBySide, Truncating
+from loreg.registry.core import Registry, silent
 from loreg.registry.exporting import tensor_reader
 from loreg.registry.merging import adapter_input, choose_device
 from loreg.registry.packing import Package, reference
-
-_SUMS = ("linear", "cat", "svd")
-"""Methods for which a replaced tensor is what it is: the others make something else of its difference to the base."""
+from loreg.registry.versions import Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +58,7 @@ def compose(
     check_name(name)
     wanted = [check_tag(tag) for tag in tags]
     full_name, row = methods.method(method)
-    dense = row.space == "dense"
-    given = methods.parameters(full_name, parameters, truncated=dense)
+    given = methods.parameters(full_name, parameters, truncated=row.space == "dense")
     target = choose_device(device)
     parts = [part_of(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
     parts = sorted((p for p in parts if p.weight != 0), key=lambda p: (p.input.digest, format_weight(p.weight)))
@@ -71,13 +68,13 @@ def compose(
     base = common_base(registry, parts)
     package = Package()
     builder: Builder
-    if full_name == "linear":
+    if row.keeps_terms:
         builder = SideBySide(parts, package)
-    elif dense:
+    elif row.composes_only:
+        builder = Factored(parts, package, full_name, given, target)
+    else:
         combining = Combining(tuple(part.input for part in parts), full_name, given)
         builder = Truncating(parts, package, combining, target, BaseTensors(registry, base))
-    else:
-        builder = Factored(parts, package, full_name, given, target)
     modules = {path: _built(builder, path) for path in _paths(parts)}
     known = registry.bases.of_root(base.identity.weights_root, base.name)
     full = _replaced(parts, package, modules, full_name, known.manifest.by_name() if known else {})
@@ -91,6 +88,8 @@ def _built(builder: Builder, path: str) -> Module:
     try:
         return builder.module(path)
     except (BadInput, UsageError) as error:
+        if repr(path) in str(error):
+            raise
         raise type(error)(f"Module {path!r}: {error}") from error
 
 
@@ -120,7 +119,10 @@ class BaseTensors:
 
     def __call__(self, name: str) -> StoredTensor:
         if name not in self._tensors:
-            raise Unsupported(f"{name!r} is tied in the base and not stored there: merge the expression instead.")
+            raise Unsupported(
+                f"{name!r} is tied in the base and not stored there, and an adapter changes it in a way that depends "
+                "on its values: merge the expression by the same method, or compose it by linear."
+            )
         return self._tensors[name]
 
 
@@ -132,7 +134,8 @@ def _paths(parts: Sequence[Part]) -> list[str]:
             first = owner.setdefault(module.tensor, path)
             if first != path:
                 raise Unsupported(
-                    f"{module.tensor!r} is called {first!r} by one adapter and {path!r} by {part.input.label}."
+                    f"{module.tensor!r} is called {first!r} by one adapter and {path!r} by {part.input.label}: "
+                    f"expected one name, as it would be adapted twice; {MERGE}."
                 )
     return sorted(owner.values())
 
@@ -152,10 +155,10 @@ def _replaced(
     full: dict[str, FullTensor] = {}
     for part in parts:
         for name, tensor in part.manifest.replaced().items():
-            if method not in _SUMS:
+            if not methods.METHODS[method].sums:
                 raise Unsupported(
-                    f"{part.input.label} replaces {name!r}, which {method} cannot make an adapter of: merge the "
-                    "expression instead."
+                    f"{part.input.label} replaces {name!r}, and what {method} makes of that is no adapter: expected "
+                    f"{', '.join(methods.SUMS)}; use one of these, or {MERGE}."
                 )
             others = [p for p in parts if p is not part and name in changed(p.manifest)]
             if part.weight == 1 and not others:
@@ -180,11 +183,17 @@ def _check_mixable(part: Part, name: str, stored: BaseTensor | None) -> None:
         raise Unsupported(
             f"{part.input.label} adds {name!r}, which its base does not have: only one can, at weight 1."
         )
+    dtype = part.manifest.full[name].value.dtype
+    if dtype not in (*DTYPES, "F64"):
+        raise Unsupported(
+            f"{part.input.label} replaces {name!r}, which is {dtype}, and has no fractions: only one adapter "
+            "can, at weight 1."
+        )
     own = (module for module in part.manifest.modules.values() if name in (module.tensor, module.bias_tensor))
     if any(not module.plain for module in own):
         raise Unsupported(
             f"{part.input.label} replaces {name!r} and adapts what it put there, which at another weight, or beside "
-            "another adapter, is no sum: merge the expression instead."
+            f"another adapter, is no sum: {MERGE}."
         )
 
 
@@ -244,10 +253,14 @@ def _ties(parts: Sequence[Part]) -> dict[str, Tie]:
         for name, tie in part.manifest.ties.items():
             if ties.setdefault(name, tie) != tie:
                 raise Unsupported(
-                    f"{part.input.label} takes {name!r} as tied to {tie.to!r}, and another adapter does not: merge "
-                    "the expression instead."
+                    f"{part.input.label} takes {name!r} as {_tied(tie)}, and another adapter as {_tied(ties[name])}: "
+                    f"expected one of these of all; {MERGE}."
                 )
     return ties
+
+
+def _tied(tie: Tie) -> str:
+    return f"{'untied from' if tie.untied else 'tied to'} {tie.to!r}"
 
 
 def _provenance(base: BaseReference, parts: Sequence[Part], method: str, parameters: Mapping[str, Any]) -> Provenance:

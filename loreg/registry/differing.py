@@ -11,7 +11,7 @@ from threading import Condition
 
 import torch
 
-from loreg.adapters import models
+from loreg import layers
 from loreg.algebra.delta import LowRank
 from loreg.algebra.rounding import finite, round_to
 from loreg.algebra.truncate import truncate_dense
@@ -66,7 +66,7 @@ class Made:
     factored: Factored | None = None
 
 
-def differences(pairs: Sequence[Pair], config: models.Config, limits: Limits) -> Iterator[tuple[Pair, Made]]:
+def differences(pairs: Sequence[Pair], config: layers.Config, limits: Limits) -> Iterator[tuple[Pair, Made]]:
     """Each pair in its order, with what is to be stored of it.
 
     As many threads as torch has, one tensor each and no torch threads inside, so that the last bits do not depend on
@@ -102,7 +102,7 @@ class _Room:
 
 
 @torch.no_grad()
-def _make(pair: Pair, config: models.Config, limits: Limits, room: _Room, size: int) -> Made:
+def _make(pair: Pair, config: layers.Config, limits: Limits, room: _Room, size: int) -> Made:
     with room.of(size):
         if pair.base is None or pair.base.info.shape != pair.tuned.info.shape or not _computable(pair):
             _require_kin(pair)
@@ -146,12 +146,6 @@ def _factored(delta: torch.Tensor, module: Module, limits: Limits) -> Factored |
     return Factored(module, count, rank, A.cpu(), B.cpu(), lost)
 
 
-# Layers that look rows up, in transformers' models. PEFT's factors of such are named, and laid out, in a way of their
-# own, so that an export has to know.
-_EMBEDDINGS = frozenset(
-    {"embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
-    | {"position_embeddings", "token_type_embeddings", "embed_positions"}
-)
 _ENDS = (("right", 0), ("left", 1))
 """A is the right factor, with its rank in the first dimension, and B the left one, with it in the second."""
 
@@ -170,7 +164,7 @@ def _padded(factors: Sequence[torch.Tensor], rank: int, axis: int) -> torch.Tens
     return stack
 
 
-def _module(pair: Pair, config: models.Config) -> Module:
+def _module(pair: Pair, config: layers.Config) -> Module:
     """The module whose weight it is, without terms: what kind of layer, and how its weight is stored."""
     shape, leaf = pair.tuned.info.shape, pair.path.rpartition(".")[2]
     kind, orientation = "linear", OUT_IN
@@ -180,11 +174,11 @@ def _module(pair: Pair, config: models.Config) -> Module:
         kind, (rows, columns) = "experts", shape[1:]
     elif len(shape) > 2:
         kind = "conv"
-    elif leaf in _EMBEDDINGS:
+    elif leaf in layers.LOOKUPS:
         kind, orientation = "embedding", IN_OUT
-    elif models.stores_in_out(config, leaf):
+    elif layers.stores_in_out(config, leaf):
         kind, orientation = "conv1d", IN_OUT
-    elif models.may_store_in_out(leaf) and "model_type" not in config:
+    elif layers.may_store_in_out(leaf) and "model_type" not in config:
         raise Unsupported(
             f"{pair.name!r} may be of a layer that stores (in, out), as GPT-2's do, and the base has no config.json "
             "with a model_type that tells: give it one, or leave the tensor out with --exclude."

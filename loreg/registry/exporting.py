@@ -14,8 +14,8 @@ from loreg.digest import DoubleHasher
 from loreg.errors import BadInput, NotFound, UsageError
 from loreg.format.manifest import AdapterManifest, SourceFile
 from loreg.format.safetensors import read_header
-from loreg.registry.core import Version
 from loreg.registry.storage import Storage
+from loreg.registry.versions import Version
 from loreg.staging import staged, sync_tree
 
 FORMATS = ("original", "peft")

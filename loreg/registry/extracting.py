@@ -18,11 +18,12 @@ from loreg.format.reference import check_name, check_tag
 from loreg.format.terms import FormTerm, LowRankTerm
 from loreg.registry import packing
 from loreg.registry.bases import Base, check_files
-from loreg.registry.core import Registry, Version, silent
+from loreg.registry.core import Registry, silent
 from loreg.registry.dequantising import require_plain
 from loreg.registry.differing import Factored, Limits, Made, differences
 from loreg.registry.merging import Progress, choose_device
 from loreg.registry.pairing import Model, Pair, Selection, pair_up
+from loreg.registry.versions import Version
 
 
 @dataclass(frozen=True, slots=True)

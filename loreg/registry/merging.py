@@ -26,8 +26,9 @@ from loreg.merge.undo import unmerge_from_base
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
 from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
-from loreg.registry.core import Registry, Version, silent
+from loreg.registry.core import Registry, silent
 from loreg.registry.dequantising import dequantise, require_plain
+from loreg.registry.versions import Version
 from loreg.staging import require_free, scratch
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def merge(
     full_name, row = methods.method(method)
     given = methods.parameters(full_name, parameters)
     adapters = resolve_terms(registry, expression)
-    if full_name != "linear":
+    if not row.keeps_terms:
         methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters))
     stage = progress or (lambda label, total: silent)
     with (
@@ -119,7 +120,7 @@ def merge(
             allow_mismatch=allow_base_mismatch,
             known=_known_checkpoints(registry, adapters),
         )
-        if row.space == "factors" or full_name == "cat":
+        if row.composes_only:
             planned(adapters)  # whatever is refused is refused before a version is made
             require_free(out)
             adapters, full_name, given = [_composed(registry, adapters, full_name, given, device)], "linear", {}

@@ -14,8 +14,9 @@ from loreg.errors import UsageError
 from loreg.format import methods
 from loreg.registry.building import factors
 from loreg.registry.composing import compose
-from loreg.registry.core import Registry, Version
+from loreg.registry.core import Registry
 from loreg.registry.merging import adapter_input, choose_device
+from loreg.registry.versions import Version
 
 
 @dataclass(frozen=True, slots=True)

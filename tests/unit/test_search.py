@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,6 +173,29 @@ def test_a_scoring_function_cannot_change_what_is_recorded() -> None:
         (NAMES, {"goal": "best"}, "'best'"),
         (NAMES, {"method": "newton"}, "auto, cobyqa, cobyla"),
         (NAMES, {"start": {"haiku": 1}}, "'haiku'"),
+        (NAMES, {"start": {3: 1}}, "weight for 3"),
+        (NAMES, {"start": {"sql": "1"}}, "weight '1' for 'sql'"),
+        (NAMES, {"start": {"sql": math.nan}}, "weight nan for 'sql'"),
+        (NAMES, {"start": [0.5]}, "expected a map"),
+        (NAMES, {"budget": 2.5}, r"budget 2\.5.*whole number"),
+        (NAMES, {"budget": True}, "budget True"),
+        (NAMES, {"budget": None}, "budget None"),
+        (NAMES, {"digits": 2.5}, r"digits 2\.5"),
+        (NAMES, {"regularisation": "x"}, "regularisation 'x'"),
+        (NAMES, {"regularisation": 10**400}, "regularisation 1000"),
+        (NAMES, {"seed": None}, "seed is None"),
+        (NAMES, {"bounds": 3}, "bounds of the weights are 3"),
+        (NAMES, {"bounds": (math.nan, 1)}, "bounds"),
+        (NAMES, {"bounds": (-1, math.nan)}, "bounds"),
+        (NAMES, {"bounds": (-1, 0, 1)}, "bounds"),
+        (NAMES, {"bounds": ("-1", "1")}, "bounds"),
+        (NAMES, {"bounds": None}, "bounds"),
+        (NAMES, {"goal": ["lowest"]}, "goal"),
+        (NAMES, {"method": None}, "method None"),
+        (NAMES, {"watch": 3}, "watch is 3: expected a function"),
+        (None, {}, "adapters are None"),
+        (5, {}, "adapters are 5"),
+        ([5], {}, r"adapters are \[5\]"),
     ],
 )
 def test_what_makes_no_sense_is_refused_unasked(adapters: Any, options: dict[str, Any], message: str) -> None:
@@ -224,3 +248,18 @@ def test_what_was_found_can_be_merged(pushed: loreg.Registry, tmp_path: Any) -> 
     assert pushed.merge(found.expression, tmp_path / "best", verify="none").weights_root == want
     base = pushed.merge(found.history[0].expression, tmp_path / "base0", verify="none")
     assert base.weights_root == pushed.show_base("base").manifest.identity.weights_root
+
+
+@pytest.mark.parametrize("score", [None, 0.5, "loss", {}])
+def test_what_cannot_be_called_is_no_scoring_function(score: Any) -> None:
+    with pytest.raises(UsageError, match=r"score is .*: expected a function"):
+        search_weights(score, NAMES)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options: dict[str, Any] = {
+        "budget": np.int64(3),
+        "bounds": np.array([-1.0, 1.0]),
+        "regularisation": np.float32(0),
+    }
+    assert len(search_weights(bowl, NAMES, start={"sql": np.float64(0.5)}, **options).history) == 3
