@@ -159,7 +159,7 @@ class Checkpoint:
             raise BadInput(f"{index}: expected 'weight_map', a map from tensors to files.")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if Path(name).name != name or name in (".", ".."):
+            if Path(name).name != name or name in ("", ".", ".."):
                 raise BadInput(f"{index}: expected bare file names, found {name!r}.")
         checkpoint = cls._of(root, [root / name for name in names], index)
         for tensor, file in weight_map.items():
@@ -196,7 +196,7 @@ class Checkpoint:
         try:
             # Leniently: it is another program's file, and some hold Infinity.
             document = json.loads(path.read_bytes())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise BadInput(f"{path} cannot be read as JSON: {error}.") from error
         return document if isinstance(document, dict) else {}
 
@@ -279,6 +279,8 @@ def open_binary(path: Path) -> Any:
 
 def _open_shard(path: Path) -> Shard:
     stamp = FileStamp.of(path)
+    if not path.is_file():  # opening a pipe would wait for ever for somebody to write
+        raise BadInput(f"{path} is no regular file: expected the weights of a model.")
     with open_binary(path) as file:
         return Shard(path, read_header(file, stamp.size, what=str(path)), stamp)
 

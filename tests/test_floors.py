@@ -23,6 +23,7 @@ FLOORS = {
     "algebra": 2,
     "tensors": 3,
     "checkpoint": 3,
+    "layers": 3,
     "staging": 3,
     "store": 3,
     "hub": 3,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from loreg.adapters import fusions, models, tying
+from loreg import layers
+from loreg.adapters import fusions, models, renames, tying
 from loreg.adapters.bound import Binding, BoundFull, BoundModule
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm
 from loreg.errors import BadInput, Unsupported
@@ -16,6 +17,19 @@ from loreg.format.fingerprint import BaseTensor
 from loreg.format.module import IN_OUT, OUT_IN
 
 _STACKED = ("lora_experts",)
+
+# The roles of each form that hold the kernel of a convolution in dimensions of its own; no others do. PEFT's AdaLoRA
+# has it in one dimension with the inputs, as has a LoHa or a LoKr without a core. VeRA is of no convolution.
+_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("A",),
+    "vera": ("A",),
+    "locon": ("mid",),
+    "loha": ("t1", "t2"),
+    "lokr": ("w2", "t2"),
+    "dense": ("value",),
+}
+_VECTORS = ("magnitude", "l", "E", "lambda_b", "lambda_d", "s")
+_ROTATIONS = ("R",)
 
 Found = Callable[[str], BaseTensor]
 """The base's weight for a module path."""
@@ -29,13 +43,16 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
     """
     pair = models.tie_of(config, tensors)
     known = dict(tensors) if pair is None else {pair[0]: tensors[pair[1]], **tensors}
-    draft = fusions.placed(draft.located(known), tensors, config)
+    draft = fusions.placed(draft.located(known, config), tensors, config)
     weights = {path: f"{path}.{module.parameter}".rstrip(".") for path, module in draft.modules.items()}
     biases = {path: f"{path}.{module.bias}" for path, module in draft.modules.items() if module.bias_terms}
-    found = fusions.resolve([*weights.values(), *biases.values(), *draft.full], known, config)
-    for wanted in (*weights.values(), *biases.values()):
+    found = renames.resolve([*weights.values(), *biases.values(), *draft.full], known, config)
+    for wanted in weights.values():
         if wanted not in found:
             raise _missing(wanted, tensors)
+    for path, wanted in biases.items():
+        if wanted not in found:
+            raise _without_bias(path, wanted, draft.modules[path])
 
     replaced = tying.replaced(pair, _full(draft, found, known), draft.together)
     resized = tying.shapes(pair, replaced)
@@ -123,24 +140,41 @@ def _fit(path: str, module: DraftModule, draft: Draft, found: Found, config: Map
     for term in (*module.terms, *module.bias_terms):
         size = out_in if term in module.terms else (out_in[0], 1)
         forms.check(term.form, term.shapes, term.parameters, size, f"Module {path!r}")
+    if not stacked:
+        _check_kernels(path, module, weight.shape)
     if len(weight.shape) == 2:
         kind = "embedding" if module.embedding else "linear" if orientation == OUT_IN else "conv1d"
         return _Fit(kind, orientation, out_in, None)
-    if not stacked:
-        _check_kernels(path, module, weight.shape)
     return _Fit("experts" if stacked else "conv", orientation, out_in, weight.shape)
 
 
 def _check_kernels(path: str, module: DraftModule, stored: tuple[int, ...]) -> None:
     """BadInput for a tensor that has the weight's dimensions in another order: as a matrix it would fit."""
     for term in module.terms:
-        for role in {"A", "value"} & set(term.tensors):
-            shape = term.tensors[role].shape
-            if len(shape) > 2 and shape[2:] != stored[2:]:
+        kernels = _KERNELS.get(term.form, ())
+        for role, shape in term.shapes.items():
+            if role in _ROTATIONS:
+                continue
+            if role in _VECTORS:
+                wrong, expected = sum(size != 1 for size in shape) > 1, "of one number after another"
+            elif role in kernels and prod(stored[2:]) > 1:
+                wrong = _kernel(shape) != _kernel(stored)
+                expected = f"with a kernel of {list(stored[2:])}, as its layer has"
+            else:
+                wrong, expected = prod(shape[2:]) > 1, "without a kernel"
+            if wrong:
                 raise BadInput(
-                    f"Module {path!r}: expected {role} with a kernel of {list(stored[2:])}, as its layer has, found "
-                    f"{list(shape)}; was the adapter trained on another base?"
+                    f"Module {path!r}: expected {role} {expected}, found {list(shape)}; was the adapter trained on "
+                    "another base?"
                 )
+
+
+def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the dimensions of 1 at the end: PEFT's cores for a Conv1d have one."""
+    kernel = shape[2:]
+    while kernel[-1:] == (1,):
+        kernel = kernel[:-1]
+    return kernel
 
 
 def _matrix(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
@@ -164,11 +198,11 @@ def _orientation(path: str, module: DraftModule, draft: Draft, found: Found, con
         # PEFT says so of the layer that holds the parameter; a square expert does not tell.
         return IN_OUT if module.in_out_hint else OUT_IN
     leaf = path.rpartition(".")[2]
-    if models.stores_in_out(config, leaf):
+    if layers.stores_in_out(config, leaf):
         return IN_OUT
     # The config's fan_in_fan_out speaks of the last layer that PEFT looked at, so for a square layer it proves
     # nothing; other layers of the same name whose shapes tell do.
-    if not module.in_out_hint and not models.may_store_in_out(leaf):
+    if not module.in_out_hint and not layers.may_store_in_out(leaf, config):
         return OUT_IN
     told = [_fitting(other, found(name)) for name, other in draft.modules.items() if name.rpartition(".")[2] == leaf]
     evidence = {kind for kinds in told if len(kinds) == 1 for kind in kinds}
@@ -226,6 +260,15 @@ def _takes(term: DraftTerm, out_in: tuple[int, int]) -> bool:
     except BadInput:
         return False
     return True
+
+
+def _without_bias(path: str, wanted: str, module: DraftModule) -> BadInput:
+    key = next((tensor.key for term in module.bias_terms for tensor in term.tensors.values()), wanted)
+    return BadInput(
+        f"Tensor {key!r} of the adapter is added to a bias, and the layer {path!r} of the base has none (there is no "
+        f"such tensor as {wanted!r}), so that nothing can hold it: train without it (PEFT: lora_bias=False), or take "
+        "a base whose layer has a bias, of zeros if need be."
+    )
 
 
 def _missing(name: str, tensors: Mapping[str, BaseTensor]) -> BadInput:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from loreg.errors import BadInput, Unsupported
 from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.safetensors import nbytes_of
+from loreg.layers import Config
 
 # The exponent bits of each dtype that a factor may have: all ones means NaN or infinity.
 _EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
@@ -144,6 +145,10 @@ class DraftFile:
     header: int | None = None
 
 
+Locate: TypeAlias = "Callable[[Draft, Mapping[str, BaseTensor], Config], Draft]"
+"""The draft for a base: of these tensors by name, and this ``config.json``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """An adapter in its trainer's words: ``modules`` by module path, ``full`` by tensor path.
@@ -151,7 +156,7 @@ class Draft:
     ``saved_modules``: names of modules that were saved whole, or ends of such names, and so may be new to the
     base. ``together``: of ``full``, what replaces a tied weight in both its places. ``left_out``: files of the
     directory that are no part of the adapter. ``locate``: of a format whose names or shapes say too little by
-    themselves, what makes the draft for a base of such tensors out of this one.
+    themselves, what makes the draft for a base out of this one.
     """
 
     format: str
@@ -164,8 +169,8 @@ class Draft:
     left_out: tuple[str, ...] = ()
     license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
-    locate: Callable[[Draft, Mapping[str, BaseTensor]], Draft] | None = None
+    locate: Locate | None = None
 
-    def located(self, tensors: Mapping[str, BaseTensor]) -> Draft:
-        """The draft for a base of these ``tensors``. Raises what ``locate`` does."""
-        return self if self.locate is None else self.locate(self, tensors)
+    def located(self, tensors: Mapping[str, BaseTensor], config: Config) -> Draft:
+        """The draft for a base of these ``tensors`` and this ``config.json``. Raises what ``locate`` does."""
+        return self if self.locate is None else self.locate(self, tensors, config)

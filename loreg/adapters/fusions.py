@@ -18,7 +18,8 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from loreg.adapters import models, names
+from loreg import layers
+from loreg.adapters import renames
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm, RawTensor
 from loreg.digest import Digest
 from loreg.errors import BadInput, Unsupported
@@ -39,26 +40,6 @@ it. Mixtral, MiniMax, PhiMoE, LFM2: w1, w2, w3; Qwen, DeepSeek, OLMoE, GLM, Jamb
 
 _ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 """In which order the classes of transformers define the parameters of their experts: all of them do in this one."""
-
-_BLOCK = ((r"\.mlp\.", ".block_sparse_moe."),)
-_GRANITE = (
-    (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
-    (r"\.experts\.down_proj$", ".output_linear.weight"),
-    (r"(block_sparse_moe\.router)\.weight$", r"\1.layer.weight"),
-)
-_RENAMED: Mapping[str, Sequence[tuple[str, str]]] = {
-    "mixtral": _BLOCK,
-    "minimax": _BLOCK,
-    "minimax_m2": _BLOCK,
-    "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.(?!gate\.)", ".block_sparse_moe.")),
-    "granitemoe": _GRANITE,
-    "granitemoeshared": _GRANITE,
-    "granitemoehybrid": _GRANITE,
-    "hy_v3": ((r"\.mlp\.gate\.weight$", ".mlp.router.gate.weight"), (r"\.mlp\.shared_experts\.", ".mlp.shared_mlp.")),
-    "gpt_neox": ((r"^lm_head\.", "embed_out."),),
-    "nemotron_h": ((r"^model\.", "backbone."),),
-}
-"""``model_type`` → expressions for what a name in memory has, and what the checkpoint's has instead."""
 
 # Stacked on disk under the names of memory, and as (in, out) where memory has (out, in).
 _TURNED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
@@ -120,28 +101,6 @@ class _Site:
         return fits | ({IN_OUT} if size == (columns, rows) and self.experts > 1 else set())
 
 
-def resolve(wanted: Iterable[str], tensors: Tensors, config: Config) -> dict[str, str]:
-    """``names.resolve``, and by the checkpoint's own names for what transformers calls otherwise in memory."""
-    wanted = list(wanted)
-    found = names.resolve(wanted, tensors)
-    stored = {name: _stored_name(name, config) for name in wanted if name not in found}
-    there = names.resolve([new for name, new in stored.items() if new != name], tensors)
-    return found | {name: there[new] for name, new in stored.items() if new in there}
-
-
-def _stored_name(name: str, config: Config) -> str:
-    for kind in _types(config):
-        for pattern, replacement in _RENAMED.get(kind, ()):
-            name = re.sub(pattern, replacement, name, count=1)
-    return name
-
-
-def _types(config: Config) -> list[str]:
-    """The ``model_type`` of the model, and of the one for text inside it."""
-    text = config.get("text_config")
-    return [str(part.get("model_type")) for part in (config, text) if isinstance(part, Mapping)]
-
-
 def placed(draft: Draft, tensors: Tensors, config: Config) -> Draft:
     """The draft with modules in the place of every ``DraftParameters``: one for each tensor that is stored.
 
@@ -181,8 +140,8 @@ class _Disk:
     """A checkpoint, and where in it a parameter of memory is."""
 
     def __init__(self, tensors: Tensors, config: Config) -> None:
-        self._tensors, self._config = tensors, config
-        self._ends = {_end(name) for name in tensors}
+        self._tensors, self._known = tensors, renames.Known(tensors, config)
+        self._ends = {_end(name) for name in (*tensors, *self._known.memory)}
         self._experts: dict[tuple[str, str], set[int]] = {}
         for name in tensors:
             if match := _PIECE.fullmatch(name):
@@ -210,9 +169,7 @@ class _Disk:
 
     def _find(self, name: str) -> str | None:
         """Its name on disk. Most that are asked for are not there, which their ends tell without a search."""
-        if self._ends.isdisjoint((_end(name), _end(_stored_name(name, self._config)))):
-            return None
-        return resolve([name], self._tensors, self._config).get(name)
+        return self._known.resolve([name]).get(name) if _end(name) in self._ends else None
 
     def missing(self, path: str, parameters: Iterable[str]) -> BadInput:
         return BadInput(
@@ -295,7 +252,7 @@ def _orientation(
         return next(iter(evidence))
     if site.pieces:  # what transformers stacks itself is (experts, out, in), and says so
         told = module.untransposed
-    elif not _TURNED_ON_DISK.isdisjoint(_types(config)):
+    elif not _TURNED_ON_DISK.isdisjoint(part.get("model_type") for part in layers.parts(config)):
         told = None
     else:  # whether the module said that it is_transposed depends on the transformers that it was trained with
         told = module.untransposed if module.untransposed == module.transposed else None
@@ -320,7 +277,7 @@ def _modules(
         parameters = {"groups": 1} if len(site.shape) == 2 else {"experts": site.experts}
         term = DraftTerm("lora" if len(site.shape) == 2 else "lora_experts", tensors, scale, alpha, parameters)
         # A matrix of a layer that is called as GPT-2's Conv1D is would be transposed; as a parameter, it is not.
-        if site.parameter == "weight" and not models.may_store_in_out(path.rpartition(".")[2]):
+        if site.parameter == "weight" and not layers.may_store_in_out(path.rpartition(".")[2]):
             yield path, DraftModule((term,), in_out_hint=turned)
         else:
             yield f"{path}.{site.parameter}", DraftModule((term,), parameter="", in_out_hint=turned)

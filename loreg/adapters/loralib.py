@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite, prod
+from math import inf, isfinite, nan, prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loreg.adapters import models, names, one_file
+from loreg import layers
+from loreg.adapters import one_file, renames
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm, RawTensor
 from loreg.errors import BadInput, Unsupported, UsageError
 from loreg.format.fingerprint import BaseTensor
@@ -55,11 +56,11 @@ def read(path: Path, alpha: float | None = None, enable_lora: Sequence[bool] | N
         raise UsageError(
             f"{weights.path} is of loralib, which stores no alpha: give the layers' lora_alpha (--alpha)."
         )
-    if not isfinite(alpha):
-        raise UsageError(f"alpha is {alpha}: expected a finite number.")
-    if enable_lora is not None and (not any(enable_lora) or set(map(type, enable_lora)) != {bool}):
+    alpha = _number(alpha)
+    if enable_lora is not None and not _are_flags(enable_lora):
         raise UsageError(
-            f"enable_lora is {list(enable_lora)}: expected true and false for each block, at least one of them true."
+            f"enable_lora is {str(enable_lora)[:80]}: expected true and false for each block, at least one of them "
+            "true."
         )
     pairs, full = _sorted(weights.tensors)
     for tensor in weights.tensors.values():
@@ -75,6 +76,23 @@ def read(path: Path, alpha: float | None = None, enable_lora: Sequence[bool] | N
         left_out=beside.left_out,
         license=beside.license,
         locate=partial(_locate, [Pair(name, *pair, alpha, enable_lora) for name, pair in pairs.items()]),
+    )
+
+
+def _number(alpha: object) -> float:
+    """``alpha`` as a finite double, else UsageError: what the caller of the Python API gave may be anything."""
+    try:
+        value = float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) else nan
+    except OverflowError:  # an integer of hundreds of digits
+        value = inf
+    if not isfinite(value):
+        raise UsageError(f"alpha is {str(value if value == inf else alpha)[:80]}: expected a finite number.")
+    return value
+
+
+def _are_flags(enable_lora: object) -> bool:
+    return (
+        isinstance(enable_lora, list | tuple) and any(enable_lora) and {type(flag) for flag in enable_lora} == {bool}
     )
 
 
@@ -135,7 +153,7 @@ class Pair:
                 Unsupported,
             )
         turned = not square and weight.shape == (self.A.shape[1], self.B.shape[0])
-        embedding = turned and not models.may_store_in_out(leaf)
+        embedding = turned and not layers.may_store_in_out(leaf)
         return DraftModule((self._term("lora", self.A.shape[0], groups=1),), embedding=embedding)
 
     def _merged(self, weight: BaseTensor) -> DraftModule:
@@ -179,10 +197,10 @@ class Pair:
         return DraftModule((self._term("lora_reshaped", rank // k),))
 
 
-def _locate(pairs: Sequence[Pair], draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
+def _locate(pairs: Sequence[Pair], draft: Draft, tensors: Mapping[str, BaseTensor], config: layers.Config) -> Draft:
     """The draft with its modules, and convolutions as the base names them."""
     paths = {pair.path: _conv(pair.path, tensors) for pair in pairs}
-    found = names.resolve([f"{path}.weight" for path in paths.values()], tensors)
+    found = renames.resolve([f"{path}.weight" for path in paths.values()], tensors, config)
     modules = {}
     for pair in pairs:
         path = paths[pair.path]
@@ -199,7 +217,19 @@ def _locate(pairs: Sequence[Pair], draft: Draft, tensors: Mapping[str, BaseTenso
             "out, or give that of the layers."
         )
     full = {_bias(name, paths, tensors): tensor for name, tensor in draft.full.items()}
+    for name, target in renames.resolve([*(f"{path}.weight" for path in modules), *full], tensors, config).items():
+        if name in full:
+            _check_bias(full[name], tensors[target])
     return replace(draft, modules=modules, full=full)
+
+
+def _check_bias(bias: RawTensor, replaced: BaseTensor) -> None:
+    """BadInput for a bias of another length than the base's, which would be taken for a resized tensor."""
+    if bias.shape != replaced.shape:
+        raise BadInput(
+            f"Tensor {bias.key!r} of shape {list(bias.shape)} replaces {replaced.name!r} of the base: expected shape "
+            f"{list(replaced.shape)}; was it trained on another base?"
+        )
 
 
 def _conv(path: str, tensors: Collection[str]) -> str:

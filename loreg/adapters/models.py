@@ -1,29 +1,35 @@
-"""What is known of models beyond their tensors: the layers that store (in, out), and weights used twice.
+"""What is known of models beyond their tensors, and beyond ``loreg.layers``: weights used twice, and configs.
 
-All that loreg knows about architectures by name is here. What is not known is not guessed: a merge into a weight
+What is not known is not guessed: a merge into a weight
 that the model also uses elsewhere gives no error, only wrong answers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-# transformers' Conv1D layers, which store (in, out): model type → last part of the module path. Needed for square
-# weights, such as GPT-2's attn.c_proj, where the shape cannot tell.
-_CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+from loreg import layers
+from loreg.adapters.renames import in_memory
+from loreg.layers import Config, parts
 
 # Classes without a head that is tied to the embedding of the inputs. GPT2LMHeadModel and MarianMTModel have one.
 _HEADLESS = re.compile(
-    r"\w+For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|(?!\w*(Head|LM|MT))\w+Model"
+    r"\w+For((Sequence|Token|Image|Video|Audio|AudioFrame)Classification|QuestionAnswering|MultipleChoice|CTC|XVector|"
+    r"SemanticSegmentation)|(?!\w*(Head|LM|MT))\w+Model"
 )
+
+# What is no embedding of words and no head, though it may have as many rows: embeddings of positions and segments,
+# and the layers of a stack, such as ``h.3.mlp.c_fc``.
+_POSITIONS = re.compile(r"(?:.*\.)?(wpe|\w*positions?(al)?(_embed\w*)?|pos_embed\w*|token_type_embeddings)")
+_LAYER = re.compile(r".+\.\d+\.(?!.*(emb|wte|word|head|shared|vocab|token)).+")
 
 # Decoders whose head, where it is tied, is the embedding of the inputs; what these are called, and the heads that are
 # not called lm_head (transformers 5.23, `_tied_weights_keys` of all its causal models). Encoders that are used as
 # decoders have their words in ``embeddings.word_embeddings``, and heads of several layers.
 _DECODERS = ("ForCausalLM", "LMHeadModel")
+_MULTIMODAL = "ForConditionalGeneration"
 _HEADS = {
     "biogpt": "output_projection.weight",
     "gpt_neox": "embed_out.weight",
@@ -33,20 +39,13 @@ _HEADS = {
     "whisper": "proj_out.weight",
 }
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tokens_embed"})
+
+# A model of text within another, as the models have it that see or hear: what their embedding is called in memory.
+# Their head is beside it, and transformers ties it by the config of the whole; of some it never does.
+_WITHIN = re.compile(r"model\.((language|text)_model\.)?embed_tokens\.weight")
+_NEVER_TIED = frozenset({"audioflamingo3", "cosmos3_edge", "glm_image", "inkling_mm_model", "inkling2", "molmo2"})
+_NEVER_TIED |= {"muse_spark", "musicflamingo", "nemotron3_5_transcribe", "qwen2_audio", "vibevoice_asr", "voxtral"}
 _ENCODERS = re.compile(r"(.+\.)?embeddings\.\w+\.weight")
-
-Config = Mapping[str, Any]
-
-
-def may_store_in_out(leaf: str) -> bool:
-    """Whether a layer of this name is a Conv1D in some model."""
-    return leaf in _CONV1D_NAMES
-
-
-def stores_in_out(config: Config, leaf: str) -> bool:
-    """Whether a layer of this name is known to be a Conv1D in this model, or in a part of it."""
-    return leaf in _CONV1D_NAMES and any(part.get("model_type") in _CONV1D_MODELS for part in _parts(config))
 
 
 def shares(config: Config, name: str, shape: tuple[int, ...], embedding: bool) -> bool:
@@ -54,18 +53,17 @@ def shares(config: Config, name: str, shape: tuple[int, ...], embedding: bool) -
 
     ``embedding``: an adapter says that it is one. Weights with a row for each word of the vocabulary are meant,
     embedding or head: without a word that it is not tied (``tie_word_embeddings`` false, or a class that has no
-    such head), each is taken to be.
+    such head), each is taken to be. Positions, and layers of a stack, are no words, however many rows they have.
     """
-    parts = list(_parts(config))
-    sizes = {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
+    inner = list(parts(config))
+    sizes = {part["vocab_size"] for part in inner if isinstance(part.get("vocab_size"), int)}
     words = len(shape) == 2 and (shape[0] in sizes if sizes else embedding or "emb" in name.rpartition(".")[0])
-    if not words:
+    path = name.removesuffix(".weight")
+    if not words or _POSITIONS.fullmatch(path) or _LAYER.fullmatch(path):
         return False
-    if name.removesuffix(".weight").rpartition(".")[2] == "shared":
+    if path.rpartition(".")[2] == "shared" or any(part.get("is_encoder_decoder") for part in inner):
         return True
-    if any(part.get("is_encoder_decoder") for part in parts):
-        return True
-    ties = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    ties = [part["tie_word_embeddings"] for part in inner if "tie_word_embeddings" in part]
     if ties and not any(ties):
         return False
     classes = config.get("architectures") or ()
@@ -73,16 +71,28 @@ def shares(config: Config, name: str, shape: tuple[int, ...], embedding: bool) -
 
 
 def words_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
-    """(head, embedding) of a decoder, as tensors of the checkpoint; the head need not be stored."""
+    """(head, embedding) of a decoder, as tensors of the checkpoint; the head need not be stored.
+
+    A decoder within a model that sees or hears is one too, if the model has the head.
+    """
     classes = [str(kind) for kind in config.get("architectures") or ()]
-    if not classes or not all(kind.endswith(_DECODERS) for kind in classes):
+    within = bool(classes) and all(kind.endswith(_MULTIMODAL) for kind in classes)
+    if not classes or not (within or all(kind.endswith(_DECODERS) for kind in classes)):
         return None
-    embeddings = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS]
+    embeddings = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in layers.WORDS]
     if len(embeddings) != 1 or _ENCODERS.fullmatch(embeddings[0]):
         return None
-    if any(part.get("is_encoder_decoder") for part in _parts(config)):
+    if any(part.get("is_encoder_decoder") for part in parts(config)):
         return None
-    return _HEADS.get(str(config.get("model_type")), _HEAD), embeddings[0]
+    if within and not _WITHIN.fullmatch(in_memory(embeddings[0], config)):
+        return None
+    if head := _HEADS.get(str(config.get("model_type"))):
+        return head, embeddings[0]
+    # As transformers 4 wrote it, the head is in the model of text.
+    owner, _, rest = embeddings[0].partition(".")
+    old = f"{owner}.{_HEAD}"
+    is_old = old in tensors or (rest.startswith("model.") and _HEAD not in tensors)
+    return (old if is_old and in_memory(old, config) == _HEAD else _HEAD), embeddings[0]
 
 
 def tie_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
@@ -91,7 +101,7 @@ def tie_of(config: Config, tensors: Collection[str]) -> tuple[str, str] | None:
     said = config.get("tie_word_embeddings")
     if words is None or said is False or (said is None and words[0] in tensors):
         return None
-    return words
+    return None if config.get("model_type") in _NEVER_TIED else words
 
 
 def restated(config: Config, *, dtype: str | None, untied: bool, resized: Mapping[int, int]) -> dict[str, Any]:
@@ -100,10 +110,13 @@ def restated(config: Config, *, dtype: str | None, untied: bool, resized: Mappin
     ``dtype``: of the weights, as torch calls it. ``untied``: head and embedding are two tensors now. ``resized``:
     numbers of words before → after.
     """
-    changed: dict[str, Any] = {
-        key: restated(value, dtype=dtype, untied=False, resized=resized) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-    }
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            # transformers 4 ties by the config of the model of text, 5 by that of the whole.
+            said = untied and bool(value.get("tie_word_embeddings"))
+            value = restated(value, dtype=dtype, untied=said, resized=resized)
+        changed[key] = value
     if dtype is not None:
         changed.update({key: dtype for key in ("torch_dtype", "dtype") if key in changed})
     if changed.get("vocab_size") in resized:
@@ -111,11 +124,3 @@ def restated(config: Config, *, dtype: str | None, untied: bool, resized: Mappin
     if untied:
         changed["tie_word_embeddings"] = False
     return changed
-
-
-def _parts(config: Config) -> Iterator[Config]:
-    """The config and those of the models inside it (``text_config``, ``decoder``, …)."""
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _parts(value)

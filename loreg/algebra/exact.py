@@ -108,7 +108,7 @@ def _odd_fraction(value: Fraction) -> float:
     try:
         near = value.numerator / value.denominator  # int / int rounds correctly, subnormals included
     except OverflowError:
-        return math.copysign(sys.float_info.max, value)
+        return sys.float_info.max if value > 0 else -sys.float_info.max
     gap = value - Fraction(near)
     return float(_to_odd(np.array([near]), np.array([float((gap > 0) - (gap < 0))]))[0])
 

@@ -27,7 +27,7 @@ EXPANSION = 4
 def _matrix(shapes: Shapes, role: str, rows: int | None = None, columns: int | None = None) -> tuple[int, int]:
     """A tensor's size as a matrix; BadInput unless it has the rows and columns that are given."""
     shape = shapes[role]
-    found = shape[0], prod(shape[1:])
+    found = prod(shape[:1]), prod(shape[1:])
     wrong = any(expected not in (None, size) for expected, size in zip((rows, columns), found, strict=True))
     if len(shape) < 2 or wrong:
         expected = ", ".join("any" if size is None else str(size) for size in (rows, columns))
@@ -52,7 +52,7 @@ def _core(shapes: Shapes, role: str) -> tuple[int, int, int]:
 
 
 def _divide(what: str, number: int, parts: int) -> int:
-    if number % parts:
+    if not parts or number % parts:
         raise BadInput(f"{what} is {number}, expected a multiple of {parts}.")
     return number // parts
 
@@ -215,12 +215,20 @@ def lokr_is_exact(shapes: Shapes, parameters: Parameters, out_in: OutIn) -> bool
     return rank <= EXPANSION * min(out_in)
 
 
+def _whole(shapes: Shapes) -> tuple[int, int]:
+    """The size of a whole value: of a bias, which is a vector, (n, 1)."""
+    shape = shapes["value"]
+    if not shape:
+        raise BadInput("value has no dimensions, expected one with rows.")
+    return shape[0], prod(shape[1:])
+
+
 def dense(shapes: Shapes, parameters: Parameters) -> Size:
-    return shapes["value"][0], prod(shapes["value"][1:])
+    return _whole(shapes)
 
 
 def replaced(shapes: Shapes, parameters: Parameters) -> Size:
-    rows, columns = shapes["value"][0], prod(shapes["value"][1:])
+    rows, columns = _whole(shapes)
     return (columns, rows) if parameters["turned"] else (rows, columns)
 
 
@@ -254,6 +262,8 @@ def rotation(shapes: Shapes, parameters: Parameters) -> Size:
 
 def oft_fits(shapes: Shapes, parameters: Parameters, out_in: OutIn) -> None:
     R, n = shapes["R"], out_in[0 if parameters["side"] == "out" else 1]
+    if not R:
+        raise BadInput("R has no dimensions, expected (blocks, s, s) or (blocks, s·(s - 1)/2).")
     size = R[1] if len(R) == 3 else (1 + isqrt(1 + 8 * R[-1])) // 2
     if R not in ((R[0], size, size), (R[0], size * (size - 1) // 2)):
         raise BadInput(f"R has shape {R}, expected (blocks, s, s) or (blocks, s·(s - 1)/2).")

@@ -170,12 +170,14 @@ def _series(fields: Fields, name: str) -> list[float] | None:
     value = fields.take(name)
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(type(c) in (int, float) and isfinite(c) for c in value):
-        fields.refuse(name, "null, or a list of numbers", value)
+    numbers = isinstance(value, list) and all(type(c) in (int, float) and isfinite(c) for c in value)
+    if not numbers or not 0 < len(value) <= _SERIES:
+        fields.refuse(name, f"null, or a list of 1 to {_SERIES} numbers", value)
     return [float(coefficient) for coefficient in value]
 
 
 _SIDE = _choice("in", "out")
+_SERIES = 64  # each is a product of matrices; a trainer takes 5 or so
 
 _MAGNITUDE: Mapping[str, Check] = {"axis": _SIDE, "epsilon": _nonnegative}
 """Parameters of a term with a magnitude."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loreg.adapters import names
+from loreg.adapters import names, renames
 from loreg.algebra.delta import LowRank
 from loreg.algebra.densify import dense_delta
 from loreg.algebra.edits import WeightedSum
@@ -156,11 +156,13 @@ def _adapt(model: Any, subject: Subject) -> None:
             "The merge unties the embedding, which the live model has as one: verify with probe or exact."
         )
     outputs = {name: tensor for name, tensor in subject.outputs.items() if tensor.action is not Action.COPY}
-    owners = names.resolve(outputs, dict(model.named_parameters(remove_duplicate=False)))
+    config = subject.base.config()
+    live = {name: renames.in_memory(name, config) for name in outputs}
+    owners = names.resolve(live.values(), dict(model.named_parameters(remove_duplicate=False)))
     for name, output in outputs.items():
-        if name not in owners or output.stored is None:
+        if live[name] not in owners or output.stored is None:
             raise Unsupported(f"{name!r} is no parameter of {type(model).__name__}, so the model cannot be compared.")
-        path, _, parameter = owners[name].rpartition(".")
+        path, _, parameter = owners[live[name]].rpartition(".")
         layer = model.get_submodule(path)
         edit = output.edit.load(name, output.stored, subject.combining, CPU)
         found = output.edit.module()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
+from loreg import layers
 from loreg.checkpoint import Checkpoint
 from loreg.errors import BadInput, Unsupported
 from loreg.format.safetensors import TensorInfo
@@ -39,8 +40,6 @@ _TELLTALE = frozenset(
 # Not telling alone, as an ordinary model may have such names too.
 _BESIDE_TELLTALE = frozenset({"scales", "g_idx", "perm", "absmax", "weight_format", "weight_scales", "weight_shape"})
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_CONV1D = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,13 +216,14 @@ def _found(said: Mapping[str, Any], tensors: Mapping[str, TensorInfo], config: M
 def _transposed(name: str, config: Mapping[str, Any]) -> bool:
     """Whether the model keeps this weight (in, out): transformers' ``Conv1D``, which quantisers transpose.
 
-    gpt_bigcode and Qwen have ordinary layers of the same names: only the model's type tells.
+    Others have ordinary layers of the same names: only the model's type tells.
     """
-    if not _CONV1D.fullmatch(name):
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    if not layers.may_store_in_out(leaf, config):
         return False
     if not config.get("model_type"):
         raise _Refusal(f"the orientation of {name!r} follows from model_type in config.json, which is not there")
-    return config["model_type"] in _CONV1D_MODELS
+    return layers.stores_in_out(config, leaf)
 
 
 def _part(tensors: Mapping[str, TensorInfo], name: str, *dtypes: str) -> str:

@@ -67,9 +67,17 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], object], type[LoregError], str]] 
         "The adapter has 'model.other', and the base has no such tensor",
     ),
     "a module of another model": (
-        lambda f: _tensors(f, lambda t: t.update({k.replace("layers.0", "layers.7"): t.pop(k) for k in list(t)})),
+        lambda f: (
+            _tensors(f, lambda t: t.update({k.replace("layers.0", "layers.7"): t.pop(k) for k in list(t)})),
+            _edit(f, lambda c: c.update(target_modules=["q_proj", "v_proj"])),
+        ),
         BadInput,
         r"layers\.7.* no such tensor",
+    ),
+    "a module that the config does not name": (
+        lambda f: _edit(f, lambda c: c.update(target_modules=[tiny.Q])),
+        BadInput,
+        f"{A}.*target_modules does not name it",
     ),
     "half a module": (lambda f: _tensors(f, lambda t: t.pop(B)), BadInput, f"Module '{tiny.V}'.*expected lora_A"),
     "another shape": (
@@ -154,11 +162,26 @@ def test_a_pickled_tensor_that_is_not_all_there_is_refused(
         pushed.push(folder, base="base")
 
 
-@pytest.mark.parametrize("pattern", ["(a|a)" * 40 + "b", "a?" * 40 + "a" * 40, "a{99999999999}", "(" * 600])
-def test_a_pattern_that_could_take_for_ever_is_refused(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 600, "(?i:v_proj)", r"(v_proj)\1", "v" * 5000])
+def test_a_pattern_that_is_not_matched_is_refused(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
     folder = tiny.write_adapter(tmp_path / "slow", tiny.adapter(), alpha_pattern={pattern: 4})
     with pytest.raises(BadInput, match="alpha_pattern"):
         pushed.push(folder, base="base")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", ["(a|a)" * 40 + "b", "(?:.*_?)*x", ".*.*.*.*.*.*.*.*x", "(?:[a-z.0-9_]+)+x"])
+def test_a_pattern_that_could_take_for_ever_is_matched(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
+    folder = tiny.write_adapter(tmp_path / "slow", tiny.adapter(), alpha_pattern={pattern: 4})
+    version = pushed.push(folder, base="base").manifest
+    assert {term.alpha for module in version.modules.values() for term in module.terms} == {16}
+
+
+def test_factors_whose_product_no_double_holds_are_refused(pushed: loreg.Registry, tmp_path: Path) -> None:
+    huge = tiny.Factors(tiny.tensor("F64", np.full((2, 6), 1e300)), tiny.tensor("F64", np.full((6, 2), 1e300)))
+    pushed.push(tiny.write_adapter(tmp_path / "huge", {tiny.V: huge}), base="base")
+    with refused(pushed, tmp_path / "out", BadInput, "exceeds the largest finite torch.bfloat16", 5):
+        pushed.merge("huge", tmp_path / "out")
 
 
 def test_a_card_of_empty_lines_is_read_at_once(pushed: loreg.Registry, tmp_path: Path) -> None:

@@ -76,6 +76,17 @@ BAD_FILES: dict[str, tuple[Tensors, type[LoregError], str]] = {
     "parts of none": (parts(lokr_w2=ones(2, 2)), Unsupported, "has the parts lokr_w2, which are of no algorithm"),
     "factors of two sizes": (lora() | parts(**{"lora_up.weight": ones(6, 3)}), BadInput, "is not acceptable LoCon"),
     "no rank": (lora(**{"lora_down.weight": ones(0, 6)}), BadInput, "expected .r, …."),
+    "up of no dimensions": (lora(**{"lora_up.weight": ones()}), BadInput, r"not acceptable LoCon: B has shape \(\)"),
+    "down of no dimensions": (lora(**{"lora_down.weight": ones()}), BadInput, r"of shape \[\], expected .r, …."),
+    "LoHa of no dimensions": (parts(**_LOHA | {"hada_w1_a": ones()}), BadInput, r"LoHa: w1_a has shape \(\)"),
+    "LoKr of no dimensions": (parts(lokr_w1=ones(), lokr_w2=ones()), BadInput, r"LoKr: w1 has shape \(\)"),
+    "full of no dimensions": (parts(diff=ones()), BadInput, "not acceptable full: value has no dimensions"),
+    "full of no elements": (parts(diff=ones(0, 6)), BadInput, r"of shape \[0, 6\], found \[6, 6\]"),
+    "a bias of no dimensions": (
+        parts(_Q, diff=ones(8, 6), diff_b=ones()),
+        BadInput,
+        r"shape \(\), expected one with",
+    ),
     "not finite": (lora(**{"lora_up.weight": tiny.tensor("F32", np.full((6, 2), np.nan))}), BadInput, "NaN or inf"),
     "alpha not finite": (
         lora(alpha=tiny.tensor("F32", np.array(np.inf))),
@@ -116,7 +127,7 @@ BAD_FILES: dict[str, tuple[Tensors, type[LoregError], str]] = {
     "a bias that the base has not": (
         parts(diff=ones(6, 6), diff_b=ones(6)),
         BadInput,
-        r"v_proj\.bias'.* no such tens",
+        r"'lycoris_.*\.diff_b' of the adapter is added to a bias.*v_proj' of the base has none.*train without it",
     ),
 }
 
@@ -223,6 +234,15 @@ GIVEN = {"alpha": 4.0}
 BAD_LORALIB: dict[str, tuple[Tensors, Mapping[str, Any], type[LoregError], str]] = {
     "no alpha": (pair(), {}, UsageError, r"stores no alpha: give the layers' lora_alpha \(--alpha\)"),
     "alpha not finite": (pair(), {"alpha": float("nan")}, UsageError, "alpha is nan: expected a finite number"),
+    "alpha as text": (pair(), {"alpha": "x"}, UsageError, "alpha is x: expected a finite number"),
+    "alpha as a flag": (pair(), {"alpha": True}, UsageError, "alpha is True: expected a finite number"),
+    "alpha of hundreds of digits": (pair(), {"alpha": 10**400}, UsageError, "alpha is inf: expected a finite"),
+    "blocks as a number": (pair(), GIVEN | {"enable_lora": 5}, UsageError, "enable_lora is 5: expected true and"),
+    "blocks as text": (pair(), GIVEN | {"enable_lora": "10"}, UsageError, "enable_lora is 10: expected true and"),
+    "a bias of another length": (
+        pair() | {f"{tiny.Q}.bias": ones(7)}, GIVEN, BadInput, r"of shape \[7\] replaces .*: expected shape \[8\]",
+    ),
+    "a bias of no dimensions": (pair() | {f"{tiny.Q}.bias": ones()}, GIVEN, BadInput, r"of shape \[\] replaces"),
     "half a module": ({f"{tiny.Q}.lora_A": ones(2, 6)}, GIVEN, BadInput, "has no lora_B: the file is not complete"),
     "a whole model": (pair() | {"model.norm.weight": ones(6)}, GIVEN, Unsupported, "'model.norm.weight' is neither"),
     "another module": (pair("layers.9.q"), GIVEN, BadInput, "'layers.9.q' of the adapter has no weight in the base"),

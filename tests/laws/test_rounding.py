@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -262,3 +263,12 @@ def test_exact_sum_sees_what_lies_far_below() -> None:
         found = exact.exact_sum(w, [(2.0**-8, w), (sign, np.array([2.0**-200])), (-sign, np.array([2.0**-201]))], [])
         rounded = round_to(torch.from_numpy(found), torch.bfloat16).item()
         assert rounded == (1 + 2.0**-7 if sign > 0 else 1.0)
+
+
+def test_exact_sum_beyond_the_range_is_the_largest_double() -> None:
+    """Which is odd, and so rounds to nothing that is finite; what cancels there is no less exact."""
+    w, big = np.array([1.0]), np.array([[1e300]])
+    for sign in (1.0, -1.0):
+        assert exact.exact_sum(w, [], [(sign, big, big)])[0] == sign * sys.float_info.max
+        assert exact.exact_sum(w, [(sign * 1e300, big[0])], [])[0] == sign * sys.float_info.max
+    assert exact.exact_sum(w, [(-1e300, big[0])], [(1.0, big, big)])[0] == 1.0

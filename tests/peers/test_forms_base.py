@@ -4,7 +4,6 @@ LyCORIS compute, and against NumPy in the stated order."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -31,12 +30,7 @@ from loreg.errors import BadInput, Unsupported, UsageError
 
 LORA = {"groups": 1}
 
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # (IA)³

@@ -3,7 +3,6 @@ older releases, and against NumPy in the stated order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,7 @@ PEFT = {"side": "in", "factor": 0.5, "series": None, "block_limit": None, "total
 BUTTERFLY = {"side": "in", "factor": 0.5, "total_limit": None, "order": "halves"}
 FLOAT32 = 3e-7  # PEFT computes COFT's limit in float32
 
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _series(n: int) -> list[float]:

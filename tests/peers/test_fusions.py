@@ -12,7 +12,7 @@ import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 import loreg
 from loreg.adapters import fusions
@@ -44,22 +44,6 @@ def test_stacks_are_made_of_the_layers_that_transformers_makes_them_of(kind: str
     assert found
     for parameter, pieces in found.items():
         assert pieces in fusions._PIECES[parameter]
-
-
-@pytest.mark.parametrize("kind", sorted(fusions._RENAMED))
-def test_names_on_disk_are_those_that_transformers_renames(kind: str) -> None:
-    names = ["mlp.gate.weight", "mlp.router.weight", "mlp.shared_experts.up_proj.weight", "self_attn.q_proj.weight"]
-    names += ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"]
-    names = [f"model.layers.0.{name}" for name in [*names, "block_sparse_moe.router.weight"]] + ["lm_head.weight"]
-    rules = get_checkpoint_conversion_mapping("GPTNeoXForCausalLM" if kind == "gpt_neox" else kind)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    changed = {name: fusions._stored_name(name, {"model_type": kind}) for name in names}
-    changed = {name: stored for name, stored in changed.items() if name != stored}
-    assert changed
-    for name, stored in changed.items():
-        for rule in renamings:
-            stored, _ = rule.rename_source_key(stored)
-        assert stored == name
 
 
 def test_every_class_of_experts_defines_its_parameters_in_the_order_that_is_assumed() -> None:

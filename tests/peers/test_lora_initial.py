@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from peer_edits import Edit, with_config, with_tensors
 
 from loreg.cli import main
 from loreg.errors import BadInput, LoregError, NotFound, UsageError
@@ -19,30 +17,10 @@ from loreg.registry import Registry
 from tests.peers.variants import Built
 from tests.peers.variants.lora_initial import CASES
 
-Edit = Callable[[Path], None]
-
 
 @pytest.fixture
 def pissa(tmp_path: Path) -> Built:
     return next(case for case in CASES if case.variant == "PiSSA").build(tmp_path)
-
-
-def _config(**changes: Any) -> Edit:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return edit
-
-
-def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Edit:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return edit
 
 
 _KEY = "base_model.model.model.layers.1.mlp.down_proj"
@@ -62,11 +40,11 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 
 OTHERS: dict[str, tuple[Edit, type[LoregError], str]] = {
-    "scale": (_config(lora_alpha=7), BadInput, "lora_alpha is 7.*is 6"),
-    "root": (_config(use_rslora=True), BadInput, "use_rslora"),
-    "modules": (_tensors(_without_a_module), BadInput, "layers.1.mlp.down_proj.*not in the initial factors"),
-    "ranks": (_tensors(_of_another_rank), BadInput, "layers.1.mlp.down_proj.*expected the same"),
-    "numbers": (_tensors(_not_finite), BadInput, "NaN"),
+    "scale": (with_config(lora_alpha=7), BadInput, "lora_alpha is 7.*is 6"),
+    "root": (with_config(use_rslora=True), BadInput, "use_rslora"),
+    "modules": (with_tensors(_without_a_module), BadInput, "layers.1.mlp.down_proj.*not in the initial factors"),
+    "ranks": (with_tensors(_of_another_rank), BadInput, "layers.1.mlp.down_proj.*expected the same"),
+    "numbers": (with_tensors(_not_finite), BadInput, "NaN"),
     "nothing": (shutil.rmtree, NotFound, "holds no PEFT adapter"),
 }
 
@@ -82,7 +60,7 @@ def test_factors_of_another_training(name: str, pissa: Built, registry: Registry
 
 def test_as_peft_leaves_them(pissa: Built, registry: Registry) -> None:
     """PEFT's conversion writes over the config of the initial adapter: its initialisation is true then."""
-    _config(init_lora_weights=True)(pissa.push["initial"])
+    with_config(init_lora_weights=True)(pissa.push["initial"])
     version = registry.push(pissa.adapter, base=pissa.base, name="adapter", **pissa.push)
     module = version.manifest.modules["model.layers.0.self_attn.q_proj"]
     assert [term.scale for term in module.terms] == [1.5, -1.5] and module.rank == 8
@@ -98,6 +76,6 @@ def test_the_command_takes_them(pissa: Built, registry: Registry, monkeypatch: p
 
 
 def test_only_lora_can_have_them(pissa: Built, registry: Registry) -> None:
-    _config(peft_type="LOHA")(pissa.adapter)
+    with_config(peft_type="LOHA")(pissa.adapter)
     with pytest.raises(UsageError, match="only LORA can have initial factors"):
         registry.push(pissa.adapter, base=pissa.base, name="adapter", **pissa.push)

@@ -31,7 +31,7 @@ def located(folder: Path, names: Iterable[str], base: dict[str, BaseTensor]) -> 
     file = folder / "names.safetensors"
     down, up = torch.ones(2, 4), torch.ones(4, 2)
     save_file({f"{n}.lora_{part}.weight": x.clone() for n in names for part, x in (("down", down), ("up", up))}, file)
-    modules = adapters.read(file).located(base).modules
+    modules = adapters.read(file).located(base, {}).modules
     return {module.terms[0].tensors["A"].key.partition(".")[0]: path for path, module in modules.items()}
 
 

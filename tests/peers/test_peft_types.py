@@ -311,7 +311,7 @@ WRONG = {
         error=Unsupported,
     ),
     "loha: a pattern without end": Wrong(
-        "LOHA", LOHA | {"rank_pattern": {"(a+)+": 2}}, _LOHA_SHAPES, "for ever", error=Unsupported
+        "LOHA", LOHA | {"rank_pattern": {r"(a+)\1": 2}}, _LOHA_SHAPES, "for ever", error=Unsupported
     ),
     "lokr: half a factor": Wrong("LOKR", LOHA, {"m.lokr_w1": (2, 4), "m.lokr_w2_a": (3, 2)}, "'m'.*expected either"),
     "ia3: a matrix": Wrong("IA3", {}, {"m.ia3_l": (6, 8)}, "'m'.*found \\[6, 8\\]"),
@@ -327,7 +327,7 @@ WRONG = {
         {"m.weight": (8, 4, 2, 2)},
     ),
     "ia3: an expression without end": Wrong(
-        "IA3", {"feedforward_modules": "(a*)*"}, {"m.ia3_l": (6, 1)}, "for ever", error=Unsupported
+        "IA3", {"feedforward_modules": r"(a*)\1"}, {"m.ia3_l": (6, 1)}, "for ever", error=Unsupported
     ),
     "ia3: no such layer": Wrong("IA3", {}, {"n.ia3_l": (6, 1)}, "the base has no 'n.weight'"),
     "oft: nobody knows which series": Wrong(

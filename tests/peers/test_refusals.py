@@ -16,9 +16,10 @@ import peft
 import pytest
 import torch
 import transformers
+from peer_edits import Edit, with_config, with_tensors
 from peer_models import FAMILIES, BaseOf, load_model, save_adapter
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sqlalchemy import func, select
 
 from loreg.adapters.peft.config import COMMON
@@ -28,7 +29,6 @@ from loreg.errors import BadInput, LoregError, NotFound, Unsupported
 from loreg.registry import Registry
 
 _LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-Edit = Callable[[Path], None]
 
 
 def _stored(registry: Registry) -> dict[str, int]:
@@ -122,25 +122,6 @@ def test_adapter_of_another_size(registry: Registry, base_of: BaseOf, tmp_path: 
     _refused(registry, tmp_path / "other", adapter, BadInput, "down_proj", "40", "48")
 
 
-def _config(**changes: Any) -> Edit:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        config = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-
-    return edit
-
-
-def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Edit:
-    def edit(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return edit
-
-
 _KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -195,39 +176,39 @@ def _truncated(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Edit, type[LoregError], tuple[str, ...]]] = {
-    "unknown-field": (_config(use_quantum_rank=True), Unsupported, ("use_quantum_rank",)),
-    "no-r": (_config(r=...), BadInput, ("r",)),
-    "no-alpha": (_config(lora_alpha=...), BadInput, ("lora_alpha",)),
-    "r-is-zero": (_config(r=0), BadInput, ("r",)),
-    "alpha-is-text": (_config(lora_alpha="8"), BadInput, ("lora_alpha",)),
-    "pattern-is-no-regex": (_config(alpha_pattern={"q_proj(": 4}), BadInput, ("alpha_pattern", "q_proj(")),
+    "unknown-field": (with_config(use_quantum_rank=True), Unsupported, ("use_quantum_rank",)),
+    "no-r": (with_config(r=...), BadInput, ("r",)),
+    "no-alpha": (with_config(lora_alpha=...), BadInput, ("lora_alpha",)),
+    "r-is-zero": (with_config(r=0), BadInput, ("r",)),
+    "alpha-is-text": (with_config(lora_alpha="8"), BadInput, ("lora_alpha",)),
+    "pattern-is-no-regex": (with_config(alpha_pattern={"q_proj(": 4}), BadInput, ("alpha_pattern", "q_proj(")),
     "patterns-that-old-peft-reads-otherwise": (
-        _config(rank_pattern={"q_proj": 4}, alpha_pattern={"layers.1.self_attn.q_proj": 16}, peft_version=None),
+        with_config(rank_pattern={"q_proj": 4}, alpha_pattern={"layers.1.self_attn.q_proj": 16}, peft_version=None),
         Unsupported,
         ("alpha_pattern", "older"),
     ),
-    "pattern-is-text": (_config(rank_pattern={"q_proj": "4"}), BadInput, ("rank_pattern",)),
-    "qalora": (_config(use_qalora=True), Unsupported, ("use_qalora",)),
-    "loftq": (_config(loftq_config={"loftq_bits": 4}), Unsupported, ("loftq_config", "quantised")),
-    "dora-without-magnitudes": (_config(use_dora=True), BadInput, ("lora_magnitude_vector", "use_dora")),
-    "magnitudes-without-dora": (_tensors(_with_a_magnitude), Unsupported, ("lora_magnitude_vector", "use_dora")),
+    "pattern-is-text": (with_config(rank_pattern={"q_proj": "4"}), BadInput, ("rank_pattern",)),
+    "qalora": (with_config(use_qalora=True), Unsupported, ("use_qalora",)),
+    "loftq": (with_config(loftq_config={"loftq_bits": 4}), Unsupported, ("loftq_config", "quantised")),
+    "dora-without-magnitudes": (with_config(use_dora=True), BadInput, ("lora_magnitude_vector", "use_dora")),
+    "magnitudes-without-dora": (with_tensors(_with_a_magnitude), Unsupported, ("lora_magnitude_vector", "use_dora")),
     "tokens-without-rows": (
-        _config(trainable_token_indices=[3]),
+        with_config(trainable_token_indices=[3]),
         BadInput,
         ("trainable_token_indices", "no trained"),
     ),
-    "corda": (_config(init_lora_weights="corda"), Unsupported, ("corda",)),
-    "unknown-peft-type": (_config(peft_type="TOMORROW"), Unsupported, ("TOMORROW",)),
-    "nan": (_tensors(_with_nan), BadInput, (f"{_KEY}.lora_B.weight", "NaN")),
-    "infinity": (_tensors(_with_infinity), BadInput, (f"{_KEY}.lora_A.weight", "infinity")),
-    "nobody-consumes-it": (_tensors(_with_a_stranger), BadInput, ("q_proj.gate",)),
-    "unknown-part": (_tensors(_with_an_unknown_part), Unsupported, ("lora_C",)),
-    "untrained-copy": (_tensors(_with_an_untrained_copy), BadInput, ("original_module", "modules_to_save")),
-    "two-copies": (_tensors(_with_another_copy), BadInput, ("modules_to_save.weight", "not the same")),
-    "half-a-module": (_tensors(_without_half), BadInput, ("q_proj", "lora_B")),
-    "ranks-differ": (_tensors(_with_another_rank), BadInput, ("q_proj", "rank")),
-    "integers": (_tensors(_with_integers), Unsupported, ("I8", "lora_B")),
-    "no-prefix": (_tensors(_without_a_prefix), Unsupported, ("base_model.model.",)),
+    "corda": (with_config(init_lora_weights="corda"), Unsupported, ("corda",)),
+    "unknown-peft-type": (with_config(peft_type="TOMORROW"), Unsupported, ("TOMORROW",)),
+    "nan": (with_tensors(_with_nan), BadInput, (f"{_KEY}.lora_B.weight", "NaN")),
+    "infinity": (with_tensors(_with_infinity), BadInput, (f"{_KEY}.lora_A.weight", "infinity")),
+    "nobody-consumes-it": (with_tensors(_with_a_stranger), BadInput, ("q_proj.gate",)),
+    "unknown-part": (with_tensors(_with_an_unknown_part), Unsupported, ("lora_C",)),
+    "untrained-copy": (with_tensors(_with_an_untrained_copy), BadInput, ("original_module", "modules_to_save")),
+    "two-copies": (with_tensors(_with_another_copy), BadInput, ("modules_to_save.weight", "not the same")),
+    "half-a-module": (with_tensors(_without_half), BadInput, ("q_proj", "lora_B")),
+    "ranks-differ": (with_tensors(_with_another_rank), BadInput, ("q_proj", "rank")),
+    "integers": (with_tensors(_with_integers), Unsupported, ("I8", "lora_B")),
+    "no-prefix": (with_tensors(_without_a_prefix), Unsupported, ("base_model.model.",)),
     "truncated": (_truncated, BadInput, ("adapter_model.safetensors",)),
     "no-weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), NotFound, ("adapter_model",)),
 }
@@ -248,7 +229,7 @@ def test_the_same_adapter_undamaged_is_taken(registry: Registry, base_of: BaseOf
     registry.add_base(base, name="tiny")
     before = _stored(registry)
     adapter = save_adapter("llama", base, tmp_path / "adapter", "fp32", **_LORA)
-    _config(use_quantum_rank=None, use_dora=False, layer_replication=None, loftq_config={})(adapter)
+    with_config(use_quantum_rank=None, use_dora=False, layer_replication=None, loftq_config={})(adapter)
     assert registry.push(adapter, base="tiny", name="taken").created
     assert _stored(registry)["versions"] == before["versions"] + 1
 
@@ -297,7 +278,7 @@ def test_every_config_field_of_this_peft_is_known_or_refused(
     adapter = save_adapter("llama", base, tmp_path / "adapter", "fp32", **_LORA)
     config = json.loads((adapter / "adapter_config.json").read_text())
     for key in sorted(set(config) - HANDLED - HARMLESS - COMMON):
-        _config(**(config | {key: {"something": 1}}))(adapter)
+        with_config(**(config | {key: {"something": 1}}))(adapter)
         with pytest.raises(Unsupported, match=key):
             registry.push(adapter, base="tiny", name="refused")
 

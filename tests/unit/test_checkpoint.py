@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import tiny
@@ -174,7 +177,7 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_refused(tmp_path: Path)
         (lambda w: w.update({NAMES[0]: "../base/model-00001-of-00002.safetensors"}), BadInput, "bare file names"),
         (lambda w: w.update({NAMES[0]: "/etc/passwd"}), BadInput, "bare file names"),
         (lambda w: w.update({NAMES[0]: ".."}), BadInput, "bare file names"),
-        (lambda w: w.update({NAMES[0]: ""}), (BadInput, NotFound), "cannot be opened|bare file names|not a safet"),
+        (lambda w: w.update({NAMES[0]: ""}), BadInput, "bare file names, found ''"),
         (lambda w: w.update({NAMES[0]: "a\0b"}), BadInput, "cannot be the path of a file"),
         (lambda w: w.update({NAMES[0]: "x" * 300}), NotFound, "cannot be read"),
         (lambda w: w.update({NAMES[0]: 1}), BadInput, "a map from tensors to files"),
@@ -229,3 +232,36 @@ def test_a_directory_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None
     path.mkdir()
     with pytest.raises((BadInput, NotFound)):
         Checkpoint.open(folder)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_unopened(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "base")
+    path = folder / "model-00002-of-00002.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BadInput, match=r"model-00002-of-00002\.safetensors is no regular file"), alarm(20):
+        Checkpoint.open(folder)
+
+
+@contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """An error in the place of a wait without end."""
+
+    def raised(number: int, frame: object) -> NoReturn:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, raised)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"vocab_size": ' + "9" * 5000 + "}", "{", ""])
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    folder = tiny.write_model(tmp_path / "base", MODEL)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(BadInput, match=r"config\.json cannot be read as JSON"):
+        Checkpoint.open(folder).config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file
 import loreg
 from loreg.errors import BadInput, BaseMismatch, Unsupported
 from loreg.format.derived import DERIVED, Derived
+from loreg.format.safetensors import TensorInfo
+from loreg.quantised.scheme import quantisation
 
 QUANTISED = Path(__file__).parents[1] / "peers" / "fixtures" / "quantised" / "bnb-nf4-nested"
 MODULE = "model.layers.0.self_attn.k_proj"
@@ -66,3 +69,24 @@ def test_another_quantised_base_is_still_another_base(
     registry.push(adapter, base=base.name, name="a")
     with pytest.raises(BaseMismatch):
         registry.merge("a", tmp_path / "merged", base=QUANTISED.with_name("bnb-fp4"), dequantize=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "transposed"),
+    [
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, True),
+        ({"model_type": "gpt_bigcode"}, False),
+        ({"model_type": "llama"}, False),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_layer_that_stores_in_out_is_known_in_a_part_of_a_model_too(
+    config: dict[str, Any], transposed: bool
+) -> None:
+    name = "decoder.transformer.h.0.attn.c_attn.weight"
+    shapes = {name: ("I8", (12, 4)), name.removesuffix("weight") + "SCB": ("F32", (12,))}
+    infos = {key: TensorInfo(key, dtype, shape, 0, 0) for key, (dtype, shape) in shapes.items()}
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    scheme = quantisation(config | said, infos)
+    assert scheme is not None and [one.transposed for one in scheme.packed] == [transposed]

@@ -192,7 +192,7 @@ def test_parameters_that_are_missing_or_unknown_are_refused(name: str) -> None:
         ("rows", {"indices": [5, 5]}, "the indices of rows repeat"),
         ("rows", {"indices": [6, 0]}, "or exceed 5: the largest is 6"),
         ("rows", {"indices": [-1, 0]}, "indices: expected a list of whole numbers"),
-        ("oft", {"series": []}, "series: expected null, or a list of numbers"),
+        ("oft", {"series": []}, "series: expected null, or a list of 1 to 64 numbers"),
         ("oft", {"total_limit": -1.0}, "total_limit: expected null or a number of at least 0"),
         ("oft", {"factor": None}, "factor: expected a finite number, found null"),
     ],

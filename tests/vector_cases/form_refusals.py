@@ -113,6 +113,7 @@ def refused() -> list[Vector]:
         wrong("oft", "cover", "Blocks that do not cover the vectors.", tensor("R", 3, 1, 1)),
         wrong("oft", "triangle", "A number of elements that no triangle has.", tensor("R", 1, 4)),
         wrong("oft", "series", "A series of no terms.", parameter("series", [])),
+        wrong("oft", "long", "A series of over 64 terms.", parameter("series", [1] * 65)),
         wrong("oft", "limit", "A limit below 0.", parameter("block_limit", -1)),
         wrong("oft", "s", "s of another size.", tensor("s", 3)),
         wrong("boft", "stages", "More stages than the vectors have halves.", tensor("R", 3, 2, 2, 2)),

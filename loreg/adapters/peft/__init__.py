@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loreg.adapters.draft import Draft, DraftFile
-from loreg.adapters.peft import adalora, ia3, lora, lycoris, orthogonal, rows, vera
+from loreg.adapters.peft import adalora, ia3, lora, lycoris, orthogonal, rows, saved, targets, vera
 from loreg.adapters.peft.config import CONFIG, read_config
 from loreg.adapters.peft.contents import ReadContents
 from loreg.adapters.peft.directory import WEIGHTS, license_of, read_weights, side_files
@@ -47,7 +47,7 @@ def read(folder: Path, initial: Path | None = None) -> Draft:
     weights = read_weights(folder)
     tensors = {tensor.key: tensor for tensor in weights.tensors}
     for tensor in weights.tensors:
-        if not tensor.shape:
+        if not tensor.shape and not saved.is_counter(tensor):
             raise BadInput(f"Tensor {tensor.key!r} has no dimensions: expected a vector or a matrix.")
     if initial is None:
         contents = TYPES[kind](tensors, config, folder / CONFIG)
@@ -55,8 +55,8 @@ def read(folder: Path, initial: Path | None = None) -> Draft:
         contents = lora.read(tensors, config, folder / CONFIG, initial)
     else:
         raise UsageError(f"{folder / CONFIG}: peft_type is {kind!r}, and only LORA can have initial factors.")
-    for tensor in weights.tensors:
-        tensor.check_finite()
+    targets.check(contents, tensors, config, folder / CONFIG)
+    saved.check_values(weights.tensors, saved.Saved(contents.full, contents.together))
     kept, left_out = side_files(folder, weights.path.name)
     whole = weights.header is None or bool(contents.unused)
     return Draft(

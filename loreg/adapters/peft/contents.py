@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loreg.adapters.draft import Draft, DraftModule, RawTensor
-from loreg.format.fingerprint import BaseTensor
+from loreg.adapters.draft import DraftModule, Locate, RawTensor
 
 PREFIX = "base_model.model."
 
@@ -28,7 +27,7 @@ class Contents:
     full: Mapping[str, RawTensor]
     together: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
-    locate: Callable[[Draft, Mapping[str, BaseTensor]], Draft] | None = None
+    locate: Locate | None = None
 
 
 ReadContents: TypeAlias = Callable[[Mapping[str, RawTensor], Config, Path], Contents]

@@ -3,7 +3,6 @@ bias included, or the inputs where it is feed-forward."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loreg.adapters.draft import DraftModule, DraftTerm, RawTensor
-from loreg.adapters.peft.config import check_known, check_pattern
+from loreg.adapters.peft import patterns
+from loreg.adapters.peft.config import check_known
 from loreg.adapters.peft.contents import Config, Contents
 from loreg.adapters.peft.parts import Settle, contents, sort
 from loreg.errors import BadInput
@@ -24,7 +24,7 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Conten
     check_known(config, KNOWN, path)
     names = config.get("feedforward_modules")
     if isinstance(names, str):
-        check_pattern({names: 0}, f"{path}: feedforward_modules")
+        patterns.check(names, f"{path}: feedforward_modules")
     elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise BadInput(f"{path}: feedforward_modules: expected text or a list of it, found {str(names)[:80]}.")
     found = sort(tensors, ("ia3_l",))
@@ -48,7 +48,7 @@ def _axis(path: str, shape: tuple[int, ...], names: str | list[str] | None) -> s
             "would tell whether it is for inputs or outputs: it is missing, give it."
         )
     if isinstance(names, str):
-        return "in" if re.fullmatch(names, path) else "out"
+        return "in" if patterns.fits(names, path) else "out"
     return "in" if any(path.endswith(name) for name in names) else "out"
 
 
@@ -65,6 +65,12 @@ class _Vector:
         channel, also where a weight has those of one group only."""
         parameters: dict[str, Any] = {"on": self.on}
         channels = prod(self.l.shape)
+        if len(self.l.shape) != len(shape) or (len(shape) > 2 and self.l.shape[1] != channels):
+            raise BadInput(
+                f"Module {self.path!r} of the adapter: expected ia3_l of {len(shape)} dimensions, channels of a "
+                f"convolution in the second, as the weight of the base is {list(shape)}, found {list(self.l.shape)}; "
+                "was the adapter trained on another base?"
+            )
         if self.on == "in" and len(shape) > 2 and channels != shape[1]:
             if channels % shape[1]:
                 raise BadInput(

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from loreg.adapters import names
+from loreg import layers
+from loreg.adapters import renames
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm, RawTensor
 from loreg.adapters.peft import attention, initial, lora_fields, parameters, saved, tokens
 from loreg.adapters.peft.config import CONFIG, first_match
@@ -78,9 +79,10 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path, first: Pa
     )
 
 
-def _with_biases(trained: str, draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
+def _with_biases(trained: str, draft: Draft, tensors: Mapping[str, BaseTensor], base: layers.Config) -> Draft:
     """The draft as it is, unless trained biases of its layers are lost. ``trained``: the config's ``bias``."""
-    found = names.resolve([f"{path}.{part}" for path in draft.modules for part in ("weight", "bias")], tensors)
+    wanted = [f"{path}.{part}" for path in draft.modules for part in ("weight", "bias")]
+    found = renames.resolve(wanted, tensors, base)
     require_biases(trained, [f"{path}.bias" for path in draft.modules if f"{path}.bias" in found], draft)
     return replace(draft, locate=None)
 
@@ -182,9 +184,13 @@ def _groups(path: str, A: RawTensor, B: RawTensor, config: Config) -> dict[str, 
     """The blocks that factors are of: of a grouped convolution's B, and of BD-LoRA's (`BdLoraLinearVariant.init`)."""
     if len(A.shape) > 2:
         return {"groups": A.shape[0] // B.shape[1]}
-    blocks: Mapping[str, Any] = config.get("use_bdlora") or {}
-    count = int(blocks.get("nblocks", 1))
-    split = {factor: any(part in path for part in blocks.get(f"target_modules_bd_{factor}") or ()) for factor in "ab"}
+    count, named = lora_fields.blocks(config, Path(CONFIG))
+    split = {factor: any(part in path for part in parts) for factor, parts in named.items()}
+    if all(split.values()):
+        raise BadInput(
+            f"Module {path!r}: use_bdlora of the config names it for both factors: expected one of them to be of "
+            "blocks."
+        )
     if count == 1 or not any(split.values()):
         return {"groups": 1}
     return {"groups": count} if split["b"] else {"groups": 1, "groups_in": count}

@@ -56,7 +56,28 @@ def check(config: Config, path: Path) -> None:
     for pattern in ("rank_pattern", "alpha_pattern"):
         check_pattern(config.get(pattern) or {}, f"{path}: {pattern}")
     check_known(config, HANDLED | HARMLESS, path, REFUSED)
+    blocks(config, path)
     changes_base(config, path)
+
+
+def blocks(config: Config, path: Path) -> tuple[int, Mapping[str, tuple[str, ...]]]:
+    """``use_bdlora``: the number of blocks, and parts of the names of modules whose "a", or "b", is made of them.
+
+    Raises BadInput for values of other types.
+    """
+    said = config.get("use_bdlora")
+    if said is None or said is False:
+        return 1, {"a": (), "b": ()}
+    fields = Fields(said, f"{path}: use_bdlora")
+    named = {}
+    for factor in ("a", "b"):
+        field = f"target_modules_bd_{factor}"
+        value = (fields.take(field) if fields.has(field) else None) or []
+        if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+            fields.refuse(field, "a list of parts of names, or null", value)
+        named[factor] = tuple(value)
+    count = fields.natural("nblocks", 1) if fields.has("nblocks") else 1
+    return count, named
 
 
 def changes_base(config: Config, path: Path) -> bool:

@@ -34,7 +34,9 @@ KNOWN_BOFT = frozenset(
 )
 
 _NOW, _EMBEDDING, _OLD, _OLD_SCALE = "oft_R.weight", "oft_embedding_R.weight", "oft_r", "oft_s"
-_VERSION = re.compile(r"(\d+)\.(\d+)(?P<rest>.*)", re.DOTALL)
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})(?![0-9])(?P<rest>.*)", re.DOTALL)
+
+_MOST_TERMS = 64  # the most that the form takes; PEFT's default is 5, and each costs a product of all blocks
 
 
 def read_oft(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Contents:
@@ -102,6 +104,11 @@ def _truncated(fields: Fields) -> bool:
 
 def _series(terms: int, config: Config, path: Path) -> list[float]:
     """The coefficients of so many terms of Neumann's series, as the release that wrote the config has them."""
+    if terms > _MOST_TERMS:
+        raise Unsupported(
+            f"{path}: num_cayley_neumann_terms is {terms}, and a sum of {_MOST_TERMS} at most is computed here: "
+            "merge it with PEFT's merge_and_unload instead."
+        )
     if terms <= 1:
         return [1.0]
     version = str(config.get("peft_version") or "0.17")
@@ -142,6 +149,8 @@ class _Rotation:
                 "later rotates patches of its input and adds them up where they overlap, which no weight of it does "
                 "(PEFT's own merge makes a model that computes something else): train it with BOFT."
             )
+        if 0 in R:
+            raise BadInput(f"Module {self.path!r} of the adapter: expected blocks, found R of shape {list(R)}.")
         size = R[2] if len(R) == 3 else (1 + math.isqrt(1 + 8 * R[-1])) // 2
         if self.side == "in" and (
             len(R) not in (2, 3) or into % size or R[0] != (1 if self.shared else into // size)

@@ -26,7 +26,7 @@ Parts: TypeAlias = Mapping[str, RawTensor]
 
 _WRAPPERS = re.compile(r"(?:\.base_layer)+(?=\.|$)")
 _WRAPPER = ".base_layer"
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)(.*)")
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})\.([0-9]{1,4})(?![0-9])(.*)", re.DOTALL)
 _FACTORS = {"lora_A.weight", "lora_B.weight"}
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from loreg.adapters import names
+from loreg import layers
+from loreg.adapters import renames
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm, RawTensor
 from loreg.adapters.peft import saved
 from loreg.adapters.peft.config import first_match
@@ -65,11 +66,13 @@ def contents(
     return Contents(modules, whole.full, whole.together, locate=locate)
 
 
-def _located(settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: Mapping[str, BaseTensor]) -> Draft:
+def _located(
+    settle: Mapping[str, Settle], trained: str, draft: Draft, tensors: Mapping[str, BaseTensor], base: layers.Config
+) -> Draft:
     """``trained``: the config's ``bias``."""
     weights = {path: f"{path}.weight" for path in draft.modules}
     biases = {path: f"{path}.bias" for path in draft.modules}
-    found = names.resolve([*weights.values(), *biases.values(), *draft.full], tensors)
+    found = renames.resolve([*weights.values(), *biases.values(), *draft.full], tensors, base)
     modules = dict(draft.modules)
     require_biases(trained, [bias for bias in biases.values() if bias in found], draft)
     for path, make in settle.items():
@@ -120,4 +123,9 @@ def from_patterns(path: str, config: Config, rank: str, alpha: str) -> tuple[int
             f"PEFT and {older} in older ones, and the adapter does not say which wrote it: give whole paths in its "
             "config."
         )
-    return int(found[0]), float(found[1])
+    if type(found[0]) is not int or found[0] < 1:
+        raise BadInput(
+            f"Module {path!r}: rank_pattern of the config gives it the rank {found[0]!r}: expected a whole number of "
+            "at least 1; is this the config of these weights?"
+        )
+    return found[0], float(found[1])

@@ -8,12 +8,16 @@ wrapper, beside the base's own tensors, which the model does not use then.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from loreg.adapters.draft import RawTensor
 from loreg.adapters.peft.contents import Config
 from loreg.errors import BadInput
+
+# Of a batch norm: how many batches it has seen, as one number.
+_COUNTER = ".num_batches_tracked"
+_WHOLE_NUMBERS = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64"})
 
 _ORIGINAL, _COPY = ".original_module.", ".modules_to_save."
 
@@ -44,9 +48,24 @@ def read(tensors: Mapping[str, RawTensor], config: Config) -> Saved:
         full[plain] = tensor
     for name, tensor in wrapped.items():
         _check_spare(name, tensor, full)
-    modules = [str(name) for name in config.get("modules_to_save") or ()]
+    modules: Collection[str] = config.get("modules_to_save") or ()  # a list of names: ``read_config`` has seen to it
     together = {tensor.key for name, tensor in full.items() if not _is_owned(name, modules)}
     return Saved(full, frozenset(together))
+
+
+def check_values(tensors: Iterable[RawTensor], whole: Saved) -> None:
+    """Raises what ``RawTensor.check_finite`` does, but for buffers of whole numbers in modules that are saved whole:
+    these replace the base's byte for byte, and nothing is computed with them."""
+    buffers = {tensor.key for name, tensor in whole.full.items() if not name.endswith((".weight", ".bias"))}
+    buffers -= whole.together
+    for tensor in tensors:
+        if tensor.dtype not in _WHOLE_NUMBERS or tensor.key not in buffers:
+            tensor.check_finite()
+
+
+def is_counter(tensor: RawTensor) -> bool:
+    """Whether it is a number, of a batch norm, that may have no dimensions."""
+    return tensor.key.endswith(_COUNTER) and tensor.dtype == "I64"
 
 
 def unwrapped(name: str) -> str:
@@ -74,5 +93,4 @@ def _check_spare(name: str, tensor: RawTensor, full: Mapping[str, RawTensor]) ->
 
 def _is_owned(name: str, modules: Collection[str]) -> bool:
     """Whether the tensor is of a module that is saved whole, by the ends of names that PEFT compares."""
-    parts = name.split(".")
-    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)) for module in modules)
+    return any(f"{module}." in name for module in modules)

@@ -42,12 +42,11 @@ def read(rows: Mapping[str, RawTensor], config: Config, path: Path) -> dict[str,
     firsts: dict[str, str] = {}
     for name, these in found.items():
         firsts[name] = next(first for first in found if found[first].same_as(these))
-    together = len(set(firsts.values())) == 1
     return {
         name: DraftModule(
             (DraftTerm("rows", {"rows": these.rows}, 1.0, None, {"indices": these.indices}),),
             embedding=True,
-            together=together,
+            together=True,  # of the head with its own rows too, which are then all that it has
             repeats=None if firsts[name] == name else firsts[name],
         )
         for name, these in found.items()

@@ -45,6 +45,7 @@ A rotation of 0 gives W back bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ from loreg.errors import BadInput
 
 _BLOCK_ELEMENTS = 2**20  # 8 MiB of float64: vectors that are rotated at once
 _ELIMINATION_ELEMENTS = 2**16
+_MOST_TERMS = 64  # of a series: PEFT's default is 5, and each costs a product of all blocks
 
 
 def oft(term: Term) -> WeightedSum:
@@ -74,7 +76,7 @@ def oft(term: Term) -> WeightedSum:
 
     *Order.* (Q·v)_i = Σ_j fl(Q_ij·v_j) from +0 on, j ascending within the block, then times s. The result is (W',
     -W), each times ``term.scale``. Needs one float64 copy of W, three of R as matrices, and about 40 MiB. Raises
-    BadInput for blocks that do not fit.
+    BadInput for blocks that do not fit, and for a series of over 64 terms.
     """
     parameters, side = term.parameters, term.parameters["side"]
     R, n = term.tensors["R"], term.shape[0 if side == "out" else 1]
@@ -82,8 +84,10 @@ def oft(term: Term) -> WeightedSum:
     b, size = M.shape[:2]
     if size > n or (b > 1 and size != -(-n // b)):
         raise BadInput(f"{b} rotations of {size} numbers do not cover vectors of {n}, as a term of form 'oft' must.")
-    S = _skew(M, parameters["factor"], parameters["block_limit"], parameters["total_limit"])
     series = parameters["series"]
+    if series is not None and len(series) > _MOST_TERMS:
+        raise BadInput(f"a series of {len(series)} terms is given, and one of {_MOST_TERMS} at most is computed.")
+    S = _skew(M, parameters["factor"], parameters["block_limit"], parameters["total_limit"])
     Q = _cayley(S) if series is None else _polynomial(S, series)
     return _edited(term, lambda vectors: _rotated(Q, vectors))
 
@@ -159,8 +163,8 @@ def _rotated(Q: Tensor, vectors: Tensor) -> Tensor:
 
 def _from_triangles(R: Tensor) -> Tensor:
     """Skew-symmetric matrices, (b, s, s), of what they have above their diagonals, (b, s(s-1)/2)."""
-    size = next((s for s in range(1, R.shape[1] + 2) if s * (s - 1) // 2 == R.shape[1]), 0)
-    if not size:
+    size = (1 + isqrt(1 + 8 * R.shape[1])) // 2
+    if size * (size - 1) // 2 != R.shape[1]:
         raise BadInput(f"{R.shape[1]} numbers are not the upper triangle of a square matrix.")
     M = R.new_zeros(len(R), size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=R.device)

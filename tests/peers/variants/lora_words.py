@@ -66,6 +66,7 @@ def _without_prefix(build: Callable[[Path], Built]) -> Callable[[Path], Built]:
 
 
 _BOTH = {"trainable_token_indices": {"lm_head": [3, 5], "embed_tokens": [2, 7]}}
+_PLACES = {"trainable_token_indices": {"wte": [3, 5], "wpe": [2, 7]}}
 
 CASES = [
     Case("lm_head, tied", "PEFT", _lora(_tied, "lm_head"), note="untied by the merge, in files and config"),
@@ -124,6 +125,7 @@ CASES = [
     Case("`trainable_token_indices`: a dict", "PEFT", _lora(llama, trainable_token_indices={"embed_tokens": [4]})),
     Case("`trainable_token_indices`: lm_head, tied", "PEFT", _lora(trainable_token_indices={"lm_head": [3, 5]})),
     Case("`trainable_token_indices`: other rows of both, tied", "PEFT", _lora(**_BOTH)),
+    Case("`trainable_token_indices`: words and positions, tied", "PEFT", _lora(gpt2, **_PLACES), note="stays tied"),
     Case("`trainable_token_indices`: other rows of both", "PEFT", _lora(llama, **_BOTH)),
     Case(
         "`trainable_token_indices` and lm_head, tied",
