@@ -2,7 +2,8 @@
 
 A product of factors is decomposed without being formed (:func:`spectrum`), a dense matrix through its smaller Gram
 matrix (:func:`truncate_dense`). Everything is float64 on the device of its input, through LAPACK or its like:
-deterministic on one machine, the last bits may differ between builds, devices and thread counts.
+deterministic on one machine, the last bits may differ between builds, devices and thread counts: one thread of
+torch's gives the same everywhere on that machine.
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ class Truncated:
 
     ``delta``: float64 factors left = U·√σ and right = √σ·Vᵀ, scale 1. Balanced, so that neither factor is
     pushed to the edge of a 16-bit range when it is stored. ``singular_values``: all of the sum's,
-    float64, descending. ``relative_error``: ‖sum - delta‖ / ‖sum‖ in the Frobenius norm, 0 for a zero sum.
+    float64, descending. ``norm``: ‖sum‖ in the Frobenius norm, 0 where that is rounding noise, see :func:`norm`.
+    ``relative_error``: ‖sum - delta‖ / ‖sum‖, 0 for a zero sum.
     """
 
     delta: LowRank
     singular_values: Tensor
+    norm: float
     relative_error: float
+
+    @property
+    def lost(self) -> float:
+        """‖sum - delta‖ in the Frobenius norm."""
+        return self.relative_error * self.norm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,11 +117,17 @@ def spectrum(triangle_left: Tensor, triangle_right: Tensor) -> Spectrum:
     Σⱼ‖left[:, j]‖‖right[j]‖, which is all that is left where terms cancel. Raises BadInput beyond float64's range.
     """
     core = triangle_left @ triangle_right.T
+    noise = _noise(triangle_left, triangle_right)
+    p, sigma, wt = torch.linalg.svd(core, full_matrices=False)
+    return Spectrum(sigma, triangle_right.T @ wt.T, p.T @ triangle_left, noise)
+
+
+def _noise(triangle_left: Tensor, triangle_right: Tensor) -> float:
+    """See :class:`Spectrum`. Raises BadInput beyond float64's range."""
     noise = UNIT * float(_column_norms(triangle_left) @ _column_norms(triangle_right))
     if not noise < torch.inf:
         raise BadInput("the product of a delta's factors exceeds float64: the adapter is damaged or diverged.")
-    p, sigma, wt = torch.linalg.svd(core, full_matrices=False)
-    return Spectrum(sigma, triangle_right.T @ wt.T, p.T @ triangle_left, noise)
+    return noise
 
 
 def check_limits(shape: Sequence[int], rank: int | None, energy: float | None) -> None:
@@ -167,13 +181,45 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def square_norm(deltas: Sequence[LowRank]) -> float:
-    """‖Σ c·B·A‖² in the Frobenius norm, from the triangles of the stacked factors: no (m, n) matrix is formed.
+def norm(deltas: Sequence[LowRank]) -> float:
+    """‖Σ c·B·A‖ in the Frobenius norm, float64: no (m, n) matrix is formed.
 
-    Float64; off by about 2⁻⁵³ of (Σ‖cB‖‖A‖)², which is what is left where terms cancel.
+    From the Gram matrices of the stacked factors, a third of the work, off by 2⁻³² of itself; where terms cancel
+    beyond that, from their triangles, off by some 2⁻⁵³ of Σⱼ‖left[:, j]‖‖right[j]‖. What that leaves is no value by
+    the rule of :meth:`Spectrum.rank`: 0 then. Raises BadInput beyond float64's range, and as :func:`stacked`.
     """
     left, right = stacked(deltas)
-    return float((triangle(left) @ triangle(right.T).T).square().sum())
+    grams = left.T @ left, right @ right.T
+    square = float((grams[0] * grams[1]).sum())
+    size = float(grams[0].diagonal().sqrt() @ grams[1].diagonal().sqrt())
+    if 2.0**-900 < size * size * 2.0**-20 < square < torch.inf:
+        return math.sqrt(square)
+    triangles = triangle(left), triangle(right.T)
+    found = _frobenius(triangles[0] @ triangles[1].T)
+    return _or_noise(found, (left.shape[0], right.shape[1]), _noise(*triangles))
+
+
+def _or_noise(found: float, shape: Sequence[int], noise: float) -> float:
+    return found if found > max(shape) * noise else 0.0
+
+
+def _frobenius(x: Tensor) -> float:
+    """The norm of all elements, without squares that over- or underflow."""
+    peak = float(x.abs().max())
+    return peak * float(torch.linalg.vector_norm(x / peak)) if peak > 0 else 0.0
+
+
+@torch.no_grad()
+def distance(one: LowRank, other: LowRank) -> float:
+    """‖ΔW - ΔW'‖ in the Frobenius norm, of two deltas of one rank and scale whose factors are nearly the same.
+
+    BA - B'A' = (B - B')A + B'(A - A'): differences of factors first, so that nothing cancels. Float64.
+    """
+    left, right = one.left.double(), one.right.double()
+    near, below = other.left.double(), other.right.double()
+    parts = [(left - near, right), (near, right - below)]
+    apart = [LowRank(*pair, one.scale) for pair in parts if all(bool(factor.any()) for factor in pair)]
+    return norm(apart) if apart else 0.0
 
 
 def truncate(deltas: Sequence[LowRank], rank: int | None = None, energy: float | None = None) -> Truncated:
@@ -208,8 +254,9 @@ def truncate_product(left: Tensor, right: Tensor, rank: int | None = None, energ
     inverse = torch.where(root > 0, 1 / root, 0.0)
     delta = LowRank(vectors * root, (rows * inverse[:, None]) @ right)
     total = float(torch.linalg.vector_norm(unit))
+    size = _or_noise(total * float(sigma[0]), (left.shape[0], right.shape[1]), found.noise)
     lost = float(torch.linalg.vector_norm(unit[k:]))
-    return Truncated(delta, sigma, lost / total if total else 0.0)
+    return Truncated(delta, sigma, size, lost / total if size else 0.0)
 
 
 @torch.no_grad()
@@ -256,10 +303,12 @@ def truncate_dense(delta: Tensor, rank: int | None = None, energy: float | None 
     real = sigma > max(x.shape) * UNIT * sigma[0]
     real[0] = True
     q, z, root = q[:, real], z[real], sigma[real].sqrt()
-    total, lost = torch.linalg.matrix_norm(tall), torch.linalg.matrix_norm(torch.addmm(tall, q, z, alpha=-1))
+    total = float(torch.linalg.matrix_norm(tall))
+    lost = float(torch.linalg.matrix_norm(torch.addmm(tall, q, z, alpha=-1)))
     left, right = q * root, z / torch.where(root > 0, root, 1.0)[:, None]
     if tall is not x:
         left, right = right.T, left.T
     signs = _signs(left) * 2.0 ** (exponent // 2)
     result = LowRank(left * signs, signs[:, None] * right)
-    return Truncated(result, squares.sqrt() * 2.0**exponent, float(lost / total) if total else 0.0)
+    error = lost / total if total else 0.0
+    return Truncated(result, squares.sqrt() * 2.0**exponent, total * 2.0**exponent, error)

@@ -19,6 +19,7 @@ from loreg.errors import UsageError
 from loreg.format.methods import METHODS, REQUIRED, Method, Parameter
 
 if TYPE_CHECKING:
+    from loreg.merge.output import MergeResult
     from loreg.merge.verify import Verification
 
 _APPLY = click.option("--apply", "expression", metavar="EXPR", required=True, help="Such as 'sql + 0.5*humor'.")
@@ -90,11 +91,15 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
     parameters = _parameters(options)
     with console.open() as registry, console.progress() as bar:
         result = registry.merge(expression, out, progress=bar.stage, parameters=parameters, **options)
+    composition = result.composition
     written = sum(tensor.nbytes for tensor in result.record.tensors)
     document = {
         "out": str(result.out),
         "recipe": str(result.recipe),
-        "method": result.record.recipe.method,
+        "method": result.method,
+        "arithmetic": result.record.recipe.arithmetic,
+        "version": composition.version if composition else None,
+        "relative_error": composition.relative_error if composition else None,
         "weights_root": str(result.weights_root),
         "base_match": result.base_match.label,
         "touched": list(result.touched),
@@ -108,7 +113,7 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
     told = [
         ("out", result.out),
         ("recipe", result.recipe),
-        ("method", f"{result.record.recipe.method}, {result.record.recipe.arithmetic}"),
+        ("method", _method_text(result)),
         ("weights_root", result.weights_root),
         ("base", f"matches by {result.base_match.label}"),
         ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
@@ -121,6 +126,15 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         ),
     ]
     console.emit(document, text.fields(told))
+
+
+def _method_text(result: MergeResult) -> str:
+    """The method that was asked for; of one on factors, what it lost, and which version is what was merged."""
+    recipe, made = result.record.recipe, result.composition
+    if made is None:
+        return f"{recipe.method}, {recipe.arithmetic}"
+    lost = f"{made.method}, relative error {made.relative_error:.3g}"
+    return f"{lost}; stored as {made.version}, merged by {recipe.method}, {recipe.arithmetic}"
 
 
 @click.command(cls=Command)

@@ -84,9 +84,12 @@ def _or_null(parse: Callable[[Fields, str], Any]) -> Callable[[Fields, str], Any
     return parse_or_null
 
 
-def _seed(fields: Fields, name: str) -> int:
-    value = fields.natural(name)
-    return value if value < 2**53 else fields.refuse(name, "a whole number below 2^53, which JSON can hold", value)
+def _natural(least: int, below: int, expected: str) -> Callable[[Fields, str], int]:
+    def parse(fields: Fields, name: str) -> int:
+        value = fields.natural(name, least)
+        return value if value < below else fields.refuse(name, expected, value)
+
+    return parse
 
 
 def _one_of(*allowed: str) -> Callable[[Fields, str], str]:
@@ -99,29 +102,31 @@ _energy = Parameter(_or_null(_fraction), None, "least share of the square norm t
 _TRUNCATION = {"rank": _rank, "energy": _energy}
 
 _density = Parameter(_fraction, 1.0, "share of each delta's elements that is kept")
-_must_density = replace(_density, default=REQUIRED)
-_seed_of_masks = Parameter(_seed, 0, "seed of the random masks")
-_sign = Parameter(_one_of("total", "frequency"), "total", "what elects a sign: the sum of values, or of signs")
+_seed = _natural(0, 2**53, "a whole number below 2^53, which JSON can hold")
 
 
 def _flag(default: bool, text: str) -> Parameter:
     return Parameter(lambda f, name: f.flag(name), default, text)
 
 
-def _generalised(
-    normalize: bool, rescale: bool | None = None, elect: bool = False, **more: Parameter
-) -> dict[str, Parameter]:
-    """The parameters of mergekit's generalised task arithmetic; ``rescale`` None where nothing is sparsified."""
-    parameters = {} if rescale is None else {"density": _density, **more}
-    parameters["normalize"] = _flag(normalize, "divide by the sum of the weights that had a part")
-    parameters["lambda"] = Parameter(lambda f, name: f.real(name), 1.0, "what the result is multiplied by")
-    if rescale is not None:
-        parameters["rescale"] = _flag(rescale, "bring the kept elements to the sum of magnitudes that all had")
-    if elect:
-        parameters["consensus"] = Parameter(
-            _one_of("sum", "count"), "sum", "what elects a sign: the sum of values, or the count of signs"
-        )
-    return parameters
+# What rows are put together from. The order is the one in which parameters are shown.
+_MUST_KEEP = {"density": replace(_density, default=REQUIRED)}
+_KEEP = {"density": _density}
+_DRAW = {"seed": Parameter(_seed, 0, "seed of the random masks")}
+_ELECTS = "what elects a sign: the sum of values"
+_PEFT_SIGN = {"majority_sign": Parameter(_one_of("total", "frequency"), "total", f"{_ELECTS}, or of signs")}
+_CONSENSUS = {"consensus": Parameter(_one_of("sum", "count"), "sum", f"{_ELECTS}, or the count of signs")}
+
+
+def _scaled(normalize: bool) -> dict[str, Parameter]:
+    return {
+        "normalize": _flag(normalize, "divide by the sum of the weights that had a part"),
+        "lambda": Parameter(lambda f, name: f.real(name), 1.0, "what the result is multiplied by"),
+    }
+
+
+def _rescaled(rescale: bool) -> dict[str, Parameter]:
+    return {"rescale": _flag(rescale, "bring the kept elements to the sum of magnitudes that all had")}
 
 
 def _range_of_ranks(values: Mapping[str, Any]) -> str | None:
@@ -140,17 +145,23 @@ def _some_truncation(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-_epsilon = Parameter(
-    _real(lambda x: 0 <= x < 0.5, "a number of at least 0 and below 0.5"),
-    0.15,
-    "how far the chance to be kept lies from density for the least and the largest element of a row",
-)
-_gamma = Parameter(
-    _real(lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
-    0.01,
-    "share of each delta's elements that is dropped as too large",
-)
+_BY_RANK = {
+    "epsilon": Parameter(
+        _real(lambda x: 0 <= x < 0.5, "a number of at least 0 and below 0.5"),
+        0.15,
+        "how far the chance to be kept lies from density for the least and the largest element of a row",
+    )
+}
+_OUTLIERS = {
+    "gamma": Parameter(
+        _real(lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
+        0.01,
+        "share of each delta's elements that is dropped as too large",
+    )
+}
 _positive = _real(lambda x: x > 0, "a number above 0")
+# A tolerance that is never met would else be a merge that never ends.
+_steps = _natural(1, 10_001, "a whole number of at most 10000")
 
 _PEFT = "peft/utils/merge_utils.py, as tuners/lora/model.py applies it to ΔW"
 _GENERALISED = "mergekit/merge_methods/generalized_task_arithmetic.py"
@@ -168,62 +179,60 @@ _DENSE = {
     "task_arithmetic": _dense(
         "The weighted sum, normalised and scaled if asked.",
         f"Ilharco et al. 2022, arXiv:2212.04089; {_GENERALISED}",
-        _generalised(False),
+        _scaled(False),
     ),
-    "magnitude_prune": _dense(
-        "The weighted sum of each delta's largest elements.", _PEFT, {"density": _must_density}
-    ),
+    "magnitude_prune": _dense("The weighted sum of each delta's largest elements.", _PEFT, _MUST_KEEP),
     "ties:peft": _dense(
         "Largest elements, signs elected before weighing, mean over the deltas that agree.",
         f"{_TIES}; {_PEFT}",
-        {"density": _must_density, "majority_sign": _sign},
+        _MUST_KEEP | _PEFT_SIGN,
     ),
     "ties:mergekit": _dense(
         "Largest elements, signs elected after weighing, weighted mean over the deltas that agree.",
         f"{_TIES}; {_GENERALISED}",
-        _generalised(True, False, elect=True),
+        _KEEP | _scaled(True) | _rescaled(False) | _CONSENSUS,
     ),
     "dare_linear:peft": _dense(
         "The weighted sum of randomly kept elements, each over density.",
         f"{_DARE}; {_PEFT}",
-        {"density": _must_density, "seed": _seed_of_masks},
+        _MUST_KEEP | _DRAW,
     ),
     "dare_linear:mergekit": _dense(
         "The weighted sum of randomly kept elements, rescaled to each delta's sum of magnitudes.",
         f"{_DARE}; {_GENERALISED}",
-        _generalised(False, True, seed=_seed_of_masks),
+        _KEEP | _DRAW | _scaled(False) | _rescaled(True),
     ),
     "dare_ties:peft": _dense(
         "Randomly kept elements over density, signs elected before weighing, mean over those that agree.",
         f"{_DARE}; {_PEFT}",
-        {"density": _must_density, "majority_sign": _sign, "seed": _seed_of_masks},
+        _MUST_KEEP | _PEFT_SIGN | _DRAW,
     ),
     "dare_ties:mergekit": _dense(
         "Randomly kept elements, rescaled, signs elected after weighing, sum over the deltas that agree.",
         f"{_DARE}; {_GENERALISED}",
-        _generalised(False, True, elect=True, seed=_seed_of_masks),
+        _KEEP | _DRAW | _scaled(False) | _rescaled(True) | _CONSENSUS,
     ),
     "della": _dense(
         "Elements kept by chance that grows with their rank in the row, rescaled, signs elected, weighted mean.",
         f"{_DELLA}; {_GENERALISED}",
-        _generalised(True, True, elect=True, epsilon=_epsilon, seed=_seed_of_masks),
+        _KEEP | _BY_RANK | _DRAW | _scaled(True) | _rescaled(True) | _CONSENSUS,
         check=_range_of_ranks,
     ),
     "della_linear": _dense(
         "The weighted sum of elements kept by chance that grows with their rank in the row, rescaled.",
         f"{_DELLA}; {_GENERALISED}",
-        _generalised(False, True, epsilon=_epsilon, seed=_seed_of_masks),
+        _KEEP | _BY_RANK | _DRAW | _scaled(False) | _rescaled(True),
         check=_range_of_ranks,
     ),
     "breadcrumbs": _dense(
         "The weighted sum of each delta without its largest and its smallest elements.",
         f"{_CRUMBS}; {_GENERALISED}",
-        _generalised(False, False, gamma=_gamma),
+        _KEEP | _OUTLIERS | _scaled(False) | _rescaled(False),
     ),
     "breadcrumbs_ties": _dense(
         "Each delta without its largest and smallest elements, signs elected, sum over the deltas that agree.",
         f"{_CRUMBS}; {_GENERALISED}",
-        _generalised(False, False, elect=True, gamma=_gamma),
+        _KEEP | _OUTLIERS | _scaled(False) | _rescaled(False) | _CONSENSUS,
     ),
     "sce": _dense(
         "Elements of largest variance over the deltas, weighed by each delta's energy, mean over those that agree.",
@@ -249,7 +258,7 @@ _DENSE = {
         "The mean direction on the sphere, of the mean length.",
         "arXiv:2603.04972; mergekit/merge_methods/karcher.py, on ΔW",
         {
-            "max_iter": Parameter(lambda f, name: f.natural(name, 1), 10, "greatest number of steps"),
+            "max_iter": Parameter(_steps, 10, "greatest number of steps, at most 10000"),
             "tol": Parameter(_positive, 1e-5, "angle in radians that counts as none"),
         },
     ),
@@ -337,28 +346,37 @@ def method(name: str) -> tuple[str, Method]:
     return full, METHODS[full]
 
 
+def known(name: str, inner: str | None = None, truncated: bool = False) -> dict[str, Parameter]:
+    """The parameters of a method, in the order of its row, then those of truncation and of the ``inner`` method.
+
+    ``name`` and ``inner``: full names. ``truncated``: what a dense method gives is truncated to be an adapter.
+    """
+    own = {**METHODS[name].parameters, **(_TRUNCATION if truncated else {})}
+    return own if inner is None else {**own, **_DENSE[inner].parameters}
+
+
 def parameters(name: str, given: Mapping[str, Any], truncated: bool = False) -> dict[str, Any]:
-    """``given`` checked, with the defaults of what is not given, in the order of the method's row.
+    """``given`` checked, with the defaults of what is not given, in the order of :func:`known`.
 
     Of a method with an ``inner`` one, the inner one's parameters are beside its own. Raises UsageError for an
     unknown method or parameter, one that is missing, or a value that does not make sense.
     """
     name, row = method(name)
-    known, given = {**row.parameters, **(_TRUNCATION if truncated else {})}, dict(given)
-    if "inner" in known:
-        asked = str(given.get("inner", known["inner"].default))
+    given, inner = dict(given), None
+    if "inner" in row.parameters:
+        asked = str(given.get("inner", row.parameters["inner"].default))
         inner = given["inner"] = asked if asked in _DENSE else asked + _DEFINITION
         if inner not in _DENSE:
             raise UsageError(f"the method {name} has no inner {asked!r}: choose one of {', '.join(_DENSE)}.")
-        known |= _DENSE[inner].parameters
+    takes = known(name, inner, truncated)
     for key in sorted(given):
-        if key not in known:
-            takes = ", ".join(known) or "none"
-            raise UsageError(f"the method {name} has no parameter {key!r}: its parameters are {takes}.")
-    for key, parameter in known.items():
+        if key not in takes:
+            names = ", ".join(takes) or "none"
+            raise UsageError(f"the method {name} has no parameter {key!r}: its parameters are {names}.")
+    for key, parameter in takes.items():
         if parameter.default is REQUIRED and key not in given:
             raise UsageError(f"the method {name} needs the parameter {key!r} ({parameter.help}): give it.")
-    complete = {key: given.get(key, parameter.default) for key, parameter in known.items()}
+    complete = {key: given.get(key, parameter.default) for key, parameter in takes.items()}
     try:
         return read(name, Fields(complete, name), truncated)
     except BadInput as error:
@@ -371,15 +389,15 @@ def read(name: str, fields: Fields, truncated: bool = False) -> dict[str, Any]:
     ``truncated``: what a dense method gives is truncated to be an adapter, and ``rank`` and ``energy`` say how.
     Raises BadInput for a parameter that is missing, unknown or wrong [R3]. ``name`` is a key of METHODS.
     """
-    rows = [METHODS[name]]
     values: dict[str, Any] = {}
     with fields as f:
-        for key, parameter in {**rows[0].parameters, **(_TRUNCATION if truncated else {})}.items():
-            values[key] = parameter.parse(f, key)
-        if "inner" in values:
-            rows.append(METHODS[values["inner"]])
-            values |= {key: parameter.parse(f, key) for key, parameter in rows[1].parameters.items()}
-    for check in (*(row.check for row in rows), *([_some_truncation] if truncated else [])):
+        if choice := METHODS[name].parameters.get("inner"):
+            values["inner"] = choice.parse(f, "inner")
+        inner = values.get("inner")
+        rest = {key: each for key, each in known(name, inner, truncated).items() if key not in values}
+        values |= {key: each.parse(f, key) for key, each in rest.items()}
+    checks = [METHODS[each].check for each in (name, inner) if each is not None]
+    for check in (*checks, *([_some_truncation] if truncated else [])):
         if wrong := check(values):
             raise BadInput(f"{fields.path}: {wrong}.")
     return values

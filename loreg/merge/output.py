@@ -28,13 +28,27 @@ RECORD = "loreg.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Composition:
+    """What a merge by a method on factors merged: a version that the method made, which its recipe names.
+
+    ``relative_error``: how far that version is from what the method gives, ‖·‖ over all modules (Frobenius).
+    """
+
+    method: str
+    relative_error: float
+    version: str
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class MergeResult:
     """A finished merge.
 
     ``base_match``: how well the base fits the adapter that it fits least. ``touched``: the tensors whose bytes may
     differ from the base's. ``seconds``: wall time from the first byte to the rename, verification included.
     ``left_out``: files of the base's directory that were not copied, as other weights may be stale copies of
-    these. ``undo_bytes``: the size of the undo journal, None without one.
+    these. ``undo_bytes``: the size of the undo journal, None without one. ``composition``: the version that was made
+    first, if the method that was asked for works on factors; None for the others.
     """
 
     out: Path
@@ -46,6 +60,12 @@ class MergeResult:
     peak_rss_bytes: int
     left_out: tuple[str, ...] = ()
     undo_bytes: int | None = None
+    composition: Composition | None = None
+
+    @property
+    def method(self) -> str:
+        """The full name of the method that was asked for; the recipe has that of the merge itself."""
+        return self.composition.method if self.composition else self.record.recipe.method
 
     @property
     def weights_root(self) -> Digest:

@@ -7,6 +7,7 @@ tensors per thread wait for nobody.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,10 +40,10 @@ def results(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterat
     When one fails, those not yet begun are dropped, those running are waited for, and its error is raised: what
     they write to is still open until then.
     """
-    futures: list[Future[T]] = [pool.submit(job) for job in jobs]
+    futures: deque[Future[T]] = deque(pool.submit(job) for job in jobs)
     try:
-        for future in futures:
-            yield future.result()
+        while futures:  # a result that was taken is held no longer
+            yield futures.popleft().result()
     finally:
         for future in futures:
             future.cancel()

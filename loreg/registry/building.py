@@ -14,15 +14,14 @@ from loreg.adapters.folding import raw_of
 from loreg.algebra import factor_space
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.algebra.densify import dense_delta
-from loreg.algebra.factor_space import Adapters
-from loreg.algebra.factor_space.concatenation import cat
 from loreg.algebra.rounding import round_to
-from loreg.algebra.truncate import square_norm, truncate, truncate_dense
+from loreg.algebra.truncate import distance, norm, truncate_dense
 from loreg.checkpoint import StoredTensor
-from loreg.errors import Unsupported
+from loreg.errors import BadInput, Unsupported
 from loreg.format.manifest import AdapterManifest
 from loreg.format.methods import METHODS, SUMS
 from loreg.format.module import IN_OUT, Module
+from loreg.format.reference import format_weight
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.merge.combining import Combining, mask_key
 from loreg.merge.inputs import AdapterInput, values
@@ -55,16 +54,20 @@ class Part:
         return self.input.weight
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A composed module. ``norm`` and ``lost``: ‖ΔW‖ and ‖ΔW - ΔW'‖ in the Frobenius norm, of what the method gives
+    without truncation and what is stored of it; both 0 where nothing is lost."""
+
+    module: Module
+    norm: float = 0.0
+    lost: float = 0.0
+
+
 class Builder(Protocol):
-    """Makes the modules of a composition one by one, putting their tensors in a package.
+    """Makes the modules of a composition, putting their tensors in a package. Threads may ask for several at once."""
 
-    ``error`` and ``total``: the squares of the Frobenius norms of what was lost so far, and of all.
-    """
-
-    error: float
-    total: float
-
-    def module(self, path: str) -> Module: ...
+    def module(self, path: str) -> Built: ...
 
 
 def of_path(path: str, parts: Sequence[Part]) -> list[tuple[Part, Module]]:
@@ -87,7 +90,7 @@ def _described(module: Module) -> str:
 def _sum_of_biases(path: str, found: Sequence[tuple[Part, Module]], package: Package) -> dict[str, Any]:
     """The bias of a composed module: the terms of all parts. Its tensors go into ``package``."""
     terms = [entry for part, module in found for entry in _named(part, path, module.bias_terms)]
-    scaled = tuple(term.scaled(part.weight) for part, _, term in terms)
+    scaled = tuple(_scaled(part, path, term) for part, _, term in terms)
     _keep(package, path, scaled, [part.read(f"factors:{name}") for part, names, _ in terms for name in names])
     tensor = next((module.bias_tensor for _, module in found if module.bias_tensor), None)
     return {"bias_tensor": tensor, "bias_terms": scaled}
@@ -99,10 +102,26 @@ def _named(part: Part, path: str, terms: Iterable[_T]) -> Iterator[tuple[Part, l
         yield part, [name for name, _ in term.named(path, index)], term
 
 
+def _scaled(part: Part, path: str, term: _T) -> _T:
+    """The term times the weight of its part. Raises BadInput where that has no double."""
+    scaled = term.scaled(part.weight)
+    _check_scale(part, path, scaled.weight if isinstance(scaled, FormTerm) else scaled.scale)
+    return scaled
+
+
+def _check_scale(part: Part, path: str, scale: float) -> None:
+    if not math.isfinite(scale):
+        raise BadInput(
+            f"{part.input.label} at weight {format_weight(part.weight)} has no finite scale at {path!r}: the weight "
+            "times the adapter's own scale is above what a double holds; give a smaller weight."
+        )
+
+
 def _keep(package: Package, path: str, terms: Sequence[_T], raws: Iterable[RawTensor]) -> None:
     """Put the tensors of ``terms``, in their order, into the package under the names that they have there."""
     names = (name for index, term in enumerate(terms) for name, _ in term.named(path, index))
-    package.factors.update(zip(names, raws, strict=True))
+    for name, raw in zip(names, raws, strict=True):
+        package.put(name, raw)
 
 
 @dataclass
@@ -111,15 +130,13 @@ class SideBySide:
 
     parts: Sequence[Part]
     package: Package
-    error: float = 0.0
-    total: float = 0.0
 
-    def module(self, path: str) -> Module:
+    def module(self, path: str) -> Built:
         found = of_path(path, self.parts)
         terms = [entry for part, module in found for entry in _named(part, path, module.terms)]
-        scaled = tuple(term.scaled(part.weight) for part, _, term in terms)
+        scaled = tuple(_scaled(part, path, term) for part, _, term in terms)
         _keep(self.package, path, scaled, [part.read(f"factors:{n}") for part, names, _ in terms for n in names])
-        return replace(found[0][1], terms=scaled, **_sum_of_biases(path, found, self.package))
+        return Built(replace(found[0][1], terms=scaled, **_sum_of_biases(path, found, self.package)))
 
 
 @dataclass
@@ -131,53 +148,36 @@ class Factored:
     method: str
     parameters: Mapping[str, Any]
     device: torch.device
-    error: float = 0.0
-    total: float = 0.0
 
-    def module(self, path: str) -> Module:
+    def module(self, path: str) -> Built:
         found = of_path(path, self.parts)
         biased = [part for part, module in found if module.bias_terms]
-        if biased and not self._sums:
+        if biased and not METHODS[self.method].sums:
             raise Unsupported(
                 f"{biased[0].input.label} has a trained bias at {path!r}, for which {self.method} is not defined: "
                 f"use {', '.join(SUMS)}, or one of the methods on dense deltas, which 'loreg methods' lists."
             )
         turned = found[0][1].orientation == IN_OUT
         given = [(part.weight, self._factors(part, path, turned)) for part in self.parts]
-        delta = self._combined(given, self._keys(found[0][1].tensor))
-        term = _stored(delta, found[0][1], self.package, path)
-        return replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
-
-    @property
-    def _sums(self) -> bool:
-        return METHODS[self.method].sums
+        keys = self._keys(found[0][1].tensor)
+        made = factor_space.METHODS[self.method](given, self.parameters, keys)
+        whole = norm(made.terms) if made.norm is None else made.norm
+        delta = made.terms[0] if len(made.terms) == 1 else concatenate(made.terms, torch.float64)
+        term, rounding = _stored(delta, found[0][1], self.package, path)
+        module = replace(found[0][1], terms=(term,), **_sum_of_biases(path, found, self.package))
+        # Orthogonal to 2⁻²⁴: what was cut off shares no direction with what is left, of which factors are rounded.
+        return Built(module, whole, math.hypot(made.lost, rounding))
 
     def _keys(self, tensor: str) -> tuple[int, ...]:
         seed = self.parameters.get("seed", 0)
         return tuple(mask_key(seed, part.input.digest, tensor) for part in self.parts)
 
-    def _combined(self, given: Adapters, keys: tuple[int, ...]) -> LowRank:
-        """What the method makes of a module's factors; what its truncation loses is added to the account."""
-        limits = {name: self.parameters.get(name) for name in ("rank", "energy")}
-        limited = any(limit is not None for limit in limits.values())
-        if limited and self._sums:  # the singular values of a sum say what its truncation loses
-            result = truncate(cat(given, {}), **limits)
-            total = float(result.singular_values.square().sum())
-            self.total += total
-            self.error += result.relative_error**2 * total
-            return result.delta
-        made = factor_space.METHODS[self.method](given, {**self.parameters, "keys": keys})
-        if limited:
-            unlimited = {**self.parameters, **dict.fromkeys(limits), "keys": keys}
-            whole = factor_space.METHODS[self.method](given, unlimited)
-            self.total += square_norm(whole)
-            self.error += square_norm((*whole, *(-delta for delta in made)))
-        return made[0] if len(made) == 1 else concatenate(made, torch.float64)
-
     def _factors(self, part: Part, path: str, turned: bool) -> tuple[LowRank, ...]:
         if path not in part.manifest.modules:
             return ()
         found = factors(part.input, path, self.device)
+        for delta in found:
+            _check_scale(part, path, part.weight * delta.scale)
         return tuple(delta.mT for delta in found) if turned else found
 
 
@@ -193,10 +193,8 @@ class Truncating:
     combining: Combining
     device: torch.device
     base: Callable[[str], StoredTensor]
-    error: float = 0.0
-    total: float = 0.0
 
-    def module(self, path: str) -> Module:
+    def module(self, path: str) -> Built:
         found = of_path(path, self.parts)
         module = found[0][1]
         if len(module.view) != 2:
@@ -211,15 +209,14 @@ class Truncating:
         edits = [(part.input, part.input.weight_edit(path, weight, self.device)) for part, _ in found]
         delta = dense_delta(self.combining.combine(module.tensor, module.view, edits, self.device))
         rank, energy = self.combining.parameters["rank"], self.combining.parameters["energy"]
-        result = truncate_dense(delta.T if module.orientation == IN_OUT else delta, rank=rank, energy=energy)
-        total = float(delta.square().sum())
-        self.total += total
-        self.error += result.relative_error**2 * total
+        delta = delta.T if module.orientation == IN_OUT else delta
+        result = truncate_dense(delta, rank=rank, energy=energy)
+        term, rounding = _stored(result.delta, module, self.package, path)
         biases = [(part.input, m) for part, m in found if m.bias_tensor]
         extra: dict[str, Any] = {"bias_tensor": None, "bias_terms": ()}
         if biases:
             extra = self._bias(path, biases[0][1], [adapter for adapter, _ in biases])
-        return replace(module, terms=(_stored(result.delta, module, self.package, path),), **extra)
+        return Built(replace(module, terms=(term,), **extra), result.norm, math.hypot(result.lost, rounding))
 
     def _bias(self, path: str, module: Module, adapters: Sequence[AdapterInput]) -> dict[str, Any]:
         name = module.bias_tensor or ""
@@ -230,7 +227,7 @@ class Truncating:
         edits = [(adapter, adapter.bias_edit(path, bias, self.device)) for adapter in adapters]
         made = dense_delta(self.combining.combine(name, (module.out_features,), edits, self.device))
         raw = raw_of(f"{path}.lora_bias.0", round_to(made, torch.float32).cpu())
-        self.package.factors[raw.key] = raw
+        self.package.put(raw.key, raw)
         return {"bias_tensor": name, "bias_terms": (BiasTerm(1.0, reference(raw)),)}
 
 
@@ -252,17 +249,21 @@ def factors(adapter: AdapterInput, path: str, device: torch.device) -> tuple[Low
     return edit.low_rank
 
 
-def _stored(delta: LowRank, module: Module, package: Package, path: str) -> LowRankTerm | FormTerm:
-    """A delta in module orientation as a term with float32 factors and its own scale; they go into ``package``."""
+def _stored(delta: LowRank, module: Module, package: Package, path: str) -> tuple[LowRankTerm | FormTerm, float]:
+    """A delta in module orientation as a term with float32 factors and its own scale; they go into ``package``.
+
+    And how far the term is from the delta, in the Frobenius norm.
+    """
     delta = _in_range(delta)
-    A, B = (raw_of(f"{path}.lora_{part}.0", _single(x)) for part, x in (("A", delta.right), ("B", delta.left)))
+    single = replace(delta, left=_single(delta.left), right=_single(delta.right))
+    A, B = (raw_of(f"{path}.lora_{end}.0", x.cpu()) for end, x in (("A", single.right), ("B", single.left)))
     if module.stored is None:
         term: LowRankTerm | FormTerm = LowRankTerm(delta.rank, None, delta.scale, reference(A), reference(B))
     else:
         tensors = {"A": reference(A), "B": reference(B)}
         term = FormTerm("lora", delta.rank, None, delta.scale, 1.0, tensors, {"groups": 1})
     _keep(package, path, [term], [A, B])
-    return term
+    return term, distance(delta, single)
 
 
 def _in_range(delta: LowRank) -> LowRank:
@@ -277,6 +278,5 @@ def _in_range(delta: LowRank) -> LowRank:
 
 
 def _single(factor: torch.Tensor) -> torch.Tensor:
-    """Float32, unless it is narrower already; on the CPU, row-major."""
-    narrow = factor if factor.dtype != torch.float64 else round_to(factor, torch.float32)
-    return narrow.cpu().contiguous()
+    """Float32, unless it is narrower already."""
+    return factor if factor.dtype != torch.float64 else round_to(factor, torch.float32)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from threading import Lock
 from typing import Any
+
+import torch
 
 from loreg.checkpoint import StoredTensor
 from loreg.digest import Digest
@@ -17,15 +21,19 @@ from loreg.format.fingerprint import BaseTensor
 from loreg.format.manifest import AdapterManifest, Provenance, Tie
 from loreg.format.module import IN_OUT, OUT_IN, FullTensor, Module
 from loreg.format.recipe import DTYPES, Recipe
-from loreg.format.reference import check_name, check_tag, format_weight, parse_expression
+from loreg.format.reference import check_name, check_tag, format_weight
 from loreg.format.terms import FormTerm
 from loreg.merge.combining import Combining, arithmetic_of
+from loreg.merge.workers import results, workers
 from loreg.registry.bases import check_files
-from loreg.registry.building import MERGE, Builder, Factored, Part, SideBySide, Truncating
+from loreg.registry.building import MERGE, Builder, Built, Factored, Part, SideBySide, Truncating
 from loreg.registry.core import Registry, silent
 from loreg.registry.exporting import tensor_reader
-from loreg.registry.merging import adapter_input, choose_device
+from loreg.registry.inputs import adapter_input, choose_device, resolved
 from loreg.registry.packing import Package, reference
+from loreg.registry.room import Room
+from loreg.registry.spill import spilling
+from loreg.registry.storage import PendingBlob
 from loreg.registry.versions import Version
 
 
@@ -33,14 +41,44 @@ from loreg.registry.versions import Version
 class Composed:
     """A composed version, the full name of the method, and how far the version is from what that gives.
 
-    ``relative_error``: ‖result - stored‖/‖result‖ over the weights of all modules (Frobenius). 0 for ``linear``,
-    which loses nothing; else what truncation to a rank threw away, exactly, to which storing the factors in
-    float32 adds at most 2⁻²³.
+    ``relative_error``: ‖result - stored‖/‖result‖ over the weights of all modules (Frobenius), result being what the
+    method gives without truncation, in float64. 0 for ``linear``, which loses nothing; else what was cut off, of
+    singular values or of dense deltas, and what rounding to float32 changes, measured on the factors as they are
+    stored: where terms cancel, that is much. ``modules``: the same of each module, by path.
     """
 
     version: Version
     method: str
     relative_error: float
+    modules: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A composition that is not stored yet. ``blobs``: all that it needs, its manifest last; good within
+    :func:`combination` only."""
+
+    name: str
+    method: str
+    manifest: AdapterManifest
+    blobs: Sequence[PendingBlob]
+    built: Mapping[str, Built]
+
+    @property
+    def relative_error(self) -> float:
+        """See :class:`Composed`."""
+        norm, lost = (math.hypot(*sizes) for sizes in ([b.norm for b in self._built], [b.lost for b in self._built]))
+        return lost / norm if norm else 0.0
+
+    @property
+    def _built(self) -> list[Built]:
+        return list(self.built.values())
+
+    def store(self, registry: Registry, tags: Iterable[str] = (), note: str | None = None) -> Composed:
+        """As a version."""
+        version = registry.commit_version(self.name, self.manifest, list(self.blobs), tags, note)
+        errors = {path: built.lost / built.norm if built.norm else 0.0 for path, built in self.built.items()}
+        return Composed(version, self.method, self.relative_error, errors)
 
 
 def compose(
@@ -55,38 +93,81 @@ def compose(
     note: str | None = None,
 ) -> Composed:
     """See ``Registry.compose``."""
-    check_name(name)
     wanted = [check_tag(tag) for tag in tags]
+    with combination(registry, expression, name, method=method, parameters=parameters, device=device) as made:
+        return made.store(registry, wanted, note)
+
+
+@contextmanager
+def combination(
+    registry: Registry, expression: str, name: str, *, method: str, parameters: Mapping[str, Any], device: str
+) -> Iterator[Combination]:
+    """What ``compose`` stores. Raises what that raises.
+
+    As many threads as torch has, one module each and no torch threads inside, so that the last bits do not depend on
+    their number. At any time they hold no more than twice the elements of the largest module, and factors that are
+    made are on disk until the block ends.
+    """
+    check_name(name)
     full_name, row = methods.method(method)
     given = methods.parameters(full_name, parameters, truncated=row.space == "dense")
     target = choose_device(device)
-    parts = [part_of(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
+    parts = [part_of(registry, version, weight) for version, weight in resolved(registry, expression)]
     parts = sorted((p for p in parts if p.weight != 0), key=lambda p: (p.input.digest, format_weight(p.weight)))
     if not parts:
         raise UsageError(f"{expression!r} has no term of a weight other than 0: there is nothing to compose.")
     methods.check_count(full_name, given, len(parts))
     base = common_base(registry, parts)
-    package = Package()
-    builder: Builder
+    with spilling(registry.home / "tmp") as spill:
+        package = Package(spill=spill)
+        builder = _builder(registry, base, parts, package, full_name, given, target)
+        built = _build(builder, parts, target)
+        modules = {path: each.module for path, each in built.items()}
+        known = registry.bases.of_root(base.identity.weights_root, base.name)
+        full = _replaced(parts, package, modules, full_name, known.manifest.by_name() if known else {})
+        provenance = _provenance(base, parts, full_name, given)
+        manifest, blobs = package.finish(base, modules, full, None, provenance, _ties(parts))
+        yield Combination(name, full_name, manifest, blobs, built)
+
+
+def _builder(
+    registry: Registry,
+    base: BaseReference,
+    parts: Sequence[Part],
+    package: Package,
+    method: str,
+    parameters: Mapping[str, Any],
+    device: torch.device,
+) -> Builder:
+    row = methods.METHODS[method]
     if row.keeps_terms:
-        builder = SideBySide(parts, package)
-    elif row.composes_only:
-        builder = Factored(parts, package, full_name, given, target)
-    else:
-        combining = Combining(tuple(part.input for part in parts), full_name, given)
-        builder = Truncating(parts, package, combining, target, BaseTensors(registry, base))
-    modules = {path: _built(builder, path) for path in _paths(parts)}
-    known = registry.bases.of_root(base.identity.weights_root, base.name)
-    full = _replaced(parts, package, modules, full_name, known.manifest.by_name() if known else {})
-    provenance = _provenance(base, parts, full_name, given)
-    manifest, blobs = package.finish(base, modules, full, None, provenance, _ties(parts))
-    error = math.sqrt(builder.error / builder.total) if builder.total else 0.0
-    return Composed(registry.commit_version(name, manifest, blobs, wanted, note), full_name, error)
+        return SideBySide(parts, package)
+    if row.composes_only:
+        return Factored(parts, package, method, parameters, device)
+    combining = Combining(tuple(part.input for part in parts), method, parameters)
+    return Truncating(parts, package, combining, device, BaseTensors(registry, base))
 
 
-def _built(builder: Builder, path: str) -> Module:
+def _build(builder: Builder, parts: Sequence[Part], device: torch.device) -> dict[str, Built]:
+    """Every adapted module, in the order of paths."""
+    sizes = {path: size for part in parts for path, size in _sizes(part.manifest)}
+    room = Room(2 * max(sizes.values(), default=0))
+    paths = _paths(parts)
+    with workers(device) as pool:
+        jobs = [partial(_built, builder, path, room, sizes[path]) for path in paths]
+        return dict(zip(paths, results(pool, jobs), strict=True))
+
+
+def _sizes(manifest: AdapterManifest) -> Iterator[tuple[str, int]]:
+    """The number of elements of each adapted weight."""
+    return ((path, math.prod(module.shape)) for path, module in manifest.modules.items())
+
+
+@torch.no_grad()
+def _built(builder: Builder, path: str, room: Room, size: int) -> Built:
     try:
-        return builder.module(path)
+        with room.of(size):
+            return builder.module(path)
     except (BadInput, UsageError) as error:
         if repr(path) in str(error):
             raise
@@ -102,7 +183,7 @@ class BaseTensors:
     """Tensors of the base that the parts were trained on; its files are looked for when the first is asked for."""
 
     def __init__(self, registry: Registry, reference: BaseReference) -> None:
-        self._registry, self._reference = registry, reference
+        self._registry, self._reference, self._lock = registry, reference, Lock()
 
     @cached_property
     def _tensors(self) -> Mapping[str, StoredTensor]:
@@ -118,12 +199,14 @@ class BaseTensors:
         return checkpoint.tensors
 
     def __call__(self, name: str) -> StoredTensor:
-        if name not in self._tensors:
+        with self._lock:
+            tensors = self._tensors
+        if name not in tensors:
             raise Unsupported(
                 f"{name!r} is tied in the base and not stored there, and an adapter changes it in a way that depends "
                 "on its values: merge the expression by the same method, or compose it by linear."
             )
-        return self._tensors[name]
+        return tensors[name]
 
 
 def _paths(parts: Sequence[Part]) -> list[str]:
@@ -214,7 +297,7 @@ def _with_replacement(module: Module, name: str, part: Part, package: Package) -
     value, bias = reference(raw), name == module.bias_tensor
     turned = not bias and module.orientation == IN_OUT
     term = FormTerm("replaced", 0, None, 1.0, part.weight, {"value": value}, {"turned": turned})
-    package.factors[value.content_name] = raw
+    package.put(value.content_name, raw)
     if bias:
         return replace(module, bias_terms=(*module.bias_terms, term))
     return replace(module, terms=(*module.terms, term))

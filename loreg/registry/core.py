@@ -168,7 +168,7 @@ class Registry(Versions):
         factors of scale 1, each element off by at most 2⁻⁵³ of itself. Replaced tensors and biases are not in
         it (``resolve(reference).manifest`` lists them).
         """
-        from loreg.registry.merging import load
+        from loreg.registry.inputs import load
 
         return load(self, self.resolve(reference), device)
 
@@ -242,32 +242,76 @@ class Registry(Versions):
 
         ``linear`` keeps every term of the weighted sum and is exact. The others, listed with their ``parameters`` in
         ``loreg.format.methods``, give one pair of float32 factors per module, of at most ``rank`` or holding
-        ``energy`` of the square norm, and report the relative Frobenius error of that truncation. Raises
+        ``energy`` of the square norm, and report the relative Frobenius error of what is stored. Raises
         BaseMismatch for adapters of different bases, Unsupported for what the method does not define, UsageError.
         """
         from loreg.registry.composing import compose
 
-        given = {**(parameters or {}), **({"rank": rank} if rank is not None else {})}
+        given = dict(parameters or {})
+        if rank is not None and given.setdefault("rank", rank) != rank:
+            raise UsageError(f"rank is given twice, as {rank} and as {given['rank']} in parameters: give it once.")
         return compose(self, expression, name, method=method, parameters=given, device=device, tags=tags, note=note)
 
-    def resize(self, reference: str, name: str | None = None, **options: Any) -> Resized:
+    def resize(
+        self,
+        reference: str,
+        name: str | None = None,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        device: str = "cpu",
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> Resized:
         """Store a version truncated to ``rank`` or ``energy``, as ``svd`` composes it, under ``name`` or its own.
 
-        ``options``: see ``loreg.registry.resizing.resize``, which also says what it raises.
+        ``rank`` bounds the rank of every module; ``energy`` in (0, 1] asks for the least that keeps that share of its
+        square norm; with both, the smaller rank holds. A rank above a module's own changes the factors, not the
+        product. Raises UsageError without either, or for a version without modules; Unsupported for a module that is
+        no product of factors, such as DoRA; NotFound.
         """
         from loreg.registry.resizing import resize
 
-        return resize(self, reference, name, **options)
+        return resize(self, reference, name, rank=rank, energy=energy, device=device, tags=tags, note=note)
 
-    def extract(self, base: str | Path, tuned: str | Path, name: str, **options: Any) -> Extracted:
+    def extract(
+        self,
+        base: str | Path,
+        tuned: str | Path,
+        name: str,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        targets: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        device: str = "cpu",
+        tags: Iterable[str] = (),
+        note: str | None = None,
+        progress: Callable[[str, int], Advance] | None = None,
+    ) -> Extracted:
         """Store what tells a fine-tuned model from its base as a version of ``name``: the inverse of a merge.
 
-        ``base``, ``tuned``: names, paths or Hub ids. ``options``: ``rank`` or ``energy``, and what
-        ``loreg.registry.extracting.extract`` takes besides, which also says what is stored, and what it raises.
+        ``base``, ``tuned``: names, paths or Hub ids. ``rank`` bounds that of every tensor, ``energy`` in (0, 1] asks
+        for the least that keeps that share of its square norm; with both, the smaller rank holds. ``targets``,
+        ``exclude``: patterns of the tensors that are meant, and are not. ``progress(label, total bytes)`` gives the
+        callback of one stage. ``loreg.registry.extracting.extract`` says what is stored, and what it raises.
         """
         from loreg.registry.extracting import extract
 
-        return extract(self, base, tuned, name, **options)
+        return extract(
+            self,
+            base,
+            tuned,
+            name,
+            rank=rank,
+            energy=energy,
+            targets=targets,
+            exclude=exclude,
+            device=device,
+            tags=tags,
+            note=note,
+            progress=progress,
+        )
 
     def verify(
         self, subject: str | Path, *, kind: str = "probe", base: str | Path | None = None, advance: Advance = silent

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from threading import Condition
 
 import torch
 
@@ -22,6 +20,7 @@ from loreg.format.recipe import DTYPES
 from loreg.merge.inputs import values
 from loreg.merge.workers import results, workers
 from loreg.registry.pairing import Pair
+from loreg.registry.room import Room
 from loreg.tensors import TORCH
 
 
@@ -75,34 +74,14 @@ def differences(pairs: Sequence[Pair], config: layers.Config, limits: Limits) ->
     Raises BadInput for NaN or infinity, Unsupported for tensors that have no difference.
     """
     sizes = [math.prod(pair.tuned.info.shape) for pair in pairs]
-    room = _Room(2 * max(sizes, default=0))
+    room = Room(2 * max(sizes, default=0))
     jobs = [partial(_make, pair, config, limits, room, size) for pair, size in zip(pairs, sizes, strict=True)]
     with workers(limits.device) as pool:
         yield from zip(pairs, results(pool, jobs), strict=True)
 
 
-@dataclass
-class _Room:
-    """A number of elements that may be held at once; who needs more than is left waits."""
-
-    left: int
-    _change: Condition = field(default_factory=Condition)
-
-    @contextmanager
-    def of(self, count: int) -> Iterator[None]:
-        with self._change:
-            self._change.wait_for(lambda: self.left >= count)
-            self.left -= count
-        try:
-            yield
-        finally:
-            with self._change:
-                self.left += count
-                self._change.notify_all()
-
-
 @torch.no_grad()
-def _make(pair: Pair, config: layers.Config, limits: Limits, room: _Room, size: int) -> Made:
+def _make(pair: Pair, config: layers.Config, limits: Limits, room: Room, size: int) -> Made:
     with room.of(size):
         if pair.base is None or pair.base.info.shape != pair.tuned.info.shape or not _computable(pair):
             _require_kin(pair)

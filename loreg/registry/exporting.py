@@ -14,6 +14,7 @@ from loreg.digest import DoubleHasher
 from loreg.errors import BadInput, NotFound, UsageError
 from loreg.format.manifest import AdapterManifest, SourceFile
 from loreg.format.safetensors import read_header
+from loreg.registry.bases import Bases
 from loreg.registry.storage import Storage
 from loreg.registry.versions import Version
 from loreg.staging import staged, sync_tree
@@ -43,7 +44,10 @@ def peft_directory(storage: Storage, version: Version) -> Files:
     source = version.manifest.source
     if source is not None and source.format == "peft":
         return original_files(storage, version)
-    return peft_files(version.manifest, tensor_reader(storage, version.manifest))
+    base = version.manifest.base
+    known = Bases(storage).of_root(base.identity.weights_root, base.name)
+    stored = known.manifest.by_name() if known else ()
+    return peft_files(version.manifest, tensor_reader(storage, version.manifest), stored)
 
 
 def original_files(storage: Storage, version: Version) -> Files:

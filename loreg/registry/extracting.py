@@ -21,8 +21,10 @@ from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, silent
 from loreg.registry.dequantising import require_plain
 from loreg.registry.differing import Factored, Limits, Made, differences
-from loreg.registry.merging import Progress, choose_device
+from loreg.registry.inputs import choose_device
+from loreg.registry.merging import Progress
 from loreg.registry.pairing import Model, Pair, Selection, pair_up
+from loreg.registry.spill import spilling
 from loreg.registry.versions import Version
 
 
@@ -78,7 +80,7 @@ def extract(
     narrower one, does not count as different.
 
     ``targets`` and ``exclude``: patterns as of ``Selection``. ``progress(label, total bytes)`` gives the callback of
-    one stage. Memory: for two tensors of the size of the largest some five float64 copies, and the factors.
+    one stage. Memory: for two tensors of the size of the largest some five float64 copies.
 
     Raises UsageError without rank and energy, or where nothing differs; BadInput for NaN, infinity, or a tensor that
     ``tuned`` lacks; Unsupported for tensors that have no difference, as of quantised models; NotFound.
@@ -94,27 +96,28 @@ def extract(
     other = registry.bases.find(tuned, stage("hashing the tuned model", 0))
     after = _model(registry, other, stage("hashing the tuned model", 0))
     pairs = pair_up(before, after, selection)
-    work = _Work()
-    advance = stage("extracting", sum(pair.tuned.info.nbytes for pair in pairs.selected))
-    for pair, made in differences(pairs.selected, before.config, limits):
-        work.take(pair, made)
-        advance(pair.tuned.info.nbytes)
-    if not work.modules and not work.full:
-        raise UsageError(_nothing(known, other, bool(pairs.left_out)))
-    _check_rank(limits.rank, [pair.tuned.info.shape for pair in pairs.selected])
-    ties = {head: tie for head, tie in pairs.ties.items() if {head, tie.to} & work.changed}
-    names = [*work.changed, *(tie.to for tie in ties.values())]
-    reference = replace(known.reference(), touched=packing.touched(known.manifest, sorted(names)))
-    # A recipe has no word for it, as its terms are adapters.
-    asked = {**given, "targets": list(selection.targets), "exclude": list(selection.exclude)}
-    training = {"method": "extract", "tuned": str(other.manifest.identity.weights_root), **asked}
-    manifest, blobs = work.package.finish(
-        reference, work.modules, work.full, None, Provenance(training=training), ties
-    )
-    for model in (before, after):
-        model.checkpoint.check_unchanged()
-    registry.bases.register(known)
-    version = registry.commit_version(name, manifest, blobs, wanted, note)
+    with spilling(registry.home / "tmp") as spill:
+        work = _Work(packing.Package(spill=spill))
+        advance = stage("extracting", sum(pair.tuned.info.nbytes for pair in pairs.selected))
+        for pair, made in differences(pairs.selected, before.config, limits):
+            work.take(pair, made)
+            advance(pair.tuned.info.nbytes)
+        if not work.modules and not work.full:
+            raise UsageError(_nothing(known, other, bool(pairs.left_out)))
+        _check_rank(limits.rank, [pair.tuned.info.shape for pair in pairs.selected])
+        ties = {head: tie for head, tie in pairs.ties.items() if {head, tie.to} & work.changed}
+        names = [*work.changed, *(tie.to for tie in ties.values())]
+        reference = replace(known.reference(), touched=packing.touched(known.manifest, sorted(names)))
+        # A recipe has no word for it, as its terms are adapters.
+        asked = {**given, "targets": list(selection.targets), "exclude": list(selection.exclude)}
+        training = {"method": "extract", "tuned": str(other.manifest.identity.weights_root), **asked}
+        manifest, blobs = work.package.finish(
+            reference, work.modules, work.full, None, Provenance(training=training), ties
+        )
+        for model in (before, after):
+            model.checkpoint.check_unchanged()
+        registry.bases.register(known)
+        version = registry.commit_version(name, manifest, blobs, wanted, note)
     error = math.sqrt(work.error / work.total) if work.total else 0.0
     return Extracted(version, error, tuple(work.tensors), pairs.left_out)
 
@@ -151,7 +154,7 @@ class _Work:
     ``error`` and ``total``: the squares of the Frobenius norms of what was lost so far, and of all differences.
     """
 
-    package: packing.Package = field(default_factory=packing.Package)
+    package: packing.Package
     modules: dict[str, Module] = field(default_factory=dict)
     full: dict[str, FullTensor] = field(default_factory=dict)
     tensors: list[ExtractedTensor] = field(default_factory=list)
@@ -185,5 +188,5 @@ class _Work:
             form, parameters = ("lora_experts", {"experts": made.count}) if experts else ("lora", {"groups": 1})
             term = FormTerm(form, made.rank, None, 1.0, 1.0, {"A": A, "B": B}, parameters)
         for (key, _), raw in zip(term.named(path, 0), raws, strict=True):
-            self.package.factors[key] = raw
+            self.package.put(key, raw)
         return replace(made.module, terms=(term,))

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from loreg.algebra.delta import LowRank, concatenate
 from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
 from loreg.format import canonical_json, methods
 from loreg.format.base import BaseManifest, BaseReference, HubPin
-from loreg.format.recipe import DTYPE_NAMES, MergeRecord, Recipe
-from loreg.format.reference import parse_expression
+from loreg.format.recipe import DTYPE_NAMES, MergeRecord
+from loreg.merge.forward import check_plan
 from loreg.merge.inputs import AdapterInput
-from loreg.merge.output import RECORD, MergeResult, write_merge
+from loreg.merge.output import RECORD, Composition, MergeResult, write_merge
 from loreg.merge.plan import plan_merge
 from loreg.merge.undo import unmerge_from_base
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
@@ -28,7 +27,7 @@ from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, silent
 from loreg.registry.dequantising import dequantise, require_plain
-from loreg.registry.versions import Version
+from loreg.registry.inputs import choose_device, recipe_inputs, resolve_terms
 from loreg.staging import require_free, scratch
 
 if TYPE_CHECKING:
@@ -48,36 +47,6 @@ class Unmerged:
     weights_root: Digest
     matches_base: bool
     method: str
-
-
-def choose_device(name: str) -> torch.device:
-    """A torch device that can be computed on. Raises UsageError for another, NotFound for one that is not here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"{name!r} is not a device: expected 'cpu', 'cuda' or 'cuda:N'.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"{name!r} is not handled: float64 arithmetic needs 'cpu' or 'cuda'.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise NotFound(f"{name!r} is not here: torch finds no CUDA device; use --device cpu.")
-    return device
-
-
-def adapter_input(registry: Registry, version: Version, weight: float) -> AdapterInput:
-    """A version with local, verified files for all its tensors."""
-    wanted = [blob.digest for blob in version.manifest.blobs if blob.role != "source"]
-    blobs = {digest: registry.storage.path(digest) for digest in wanted}
-    return AdapterInput(str(version), weight, version.digest, version.manifest, blobs)
-
-
-def resolve_terms(registry: Registry, expression: str) -> list[AdapterInput]:
-    """The adapters of an expression, in the order written."""
-    return [adapter_input(registry, registry.resolve(t.reference), t.weight) for t in parse_expression(expression)]
-
-
-def recipe_inputs(registry: Registry, recipe: Recipe) -> list[AdapterInput]:
-    """The adapters of a recipe, by digest. Raises NotFound if one is not in the store."""
-    return [adapter_input(registry, registry.resolve(str(term.adapter)), term.value) for term in recipe.terms]
 
 
 def merge(
@@ -110,6 +79,7 @@ def merge(
     with (
         _base_for(registry, adapters, base, out, stage) as stored,
         _plain(stored, out, dequantize, stage) as found,
+        ExitStack() as work,
     ):
         planned = partial(
             plan_merge,
@@ -120,34 +90,79 @@ def merge(
             allow_mismatch=allow_base_mismatch,
             known=_known_checkpoints(registry, adapters),
         )
+        made = None
         if row.composes_only:
-            planned(adapters)  # whatever is refused is refused before a version is made
+            planned(adapters)  # what is refused of the adapters themselves is refused before all that work
             require_free(out)
-            adapters, full_name, given = [_composed(registry, adapters, full_name, given, device)], "linear", {}
+            made = work.enter_context(_composed(registry, adapters, full_name, given, device, allow_base_mismatch))
+            adapters, full_name, given = [made.input], "linear", {}
         plan = planned(adapters, method=full_name, parameters=given)
+        if verify == "forward":
+            check_plan(plan)
 
         def check(folder: Path, record: MergeRecord) -> Verification:
             subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
-            return run_verification(verify, subject, stage("verifying", plan.nbytes))
+            verification = run_verification(verify, subject, stage("verifying", plan.nbytes))
+            if made is not None and verification.ok:  # the model is never there without what its recipe names
+                made.store()
+            return verification
 
-        return write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
+        result = write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
+        return result if made is None else replace(result, composition=made.store())
 
 
+class _Composed(NamedTuple):
+    """A composition that a merge is made of: as an input of weight 1, and how to store it, once it has worked."""
+
+    input: AdapterInput
+    store: Callable[[], Composition]
+
+
+@contextmanager
 def _composed(
-    registry: Registry, adapters: Sequence[AdapterInput], method: str, parameters: Mapping[str, Any], device: str
-) -> AdapterInput:
-    """The factors of the adapters combined, as a version that the recipe can name by its digest.
+    registry: Registry,
+    adapters: Sequence[AdapterInput],
+    method: str,
+    parameters: Mapping[str, Any],
+    device: str,
+    any_base: bool,
+) -> Iterator[_Composed]:
+    """The factors of the adapters combined, to become a version that the recipe can name by its digest.
 
     LAPACK does not give the same bits everywhere: what it gave is stored, and the merge of that is reproducible. The
-    version's name is the method and a digest of what it is made of, so that it is in nobody's way.
+    version's name is the method and a digest of what it is made of, so that it is in nobody's way. Stored only when
+    the merge of it is written and verified: one that is refused, or killed, leaves nothing behind.
+
+    ``any_base``: whether any base was allowed for the merge, which the version itself, of one base, gains nothing by.
     """
-    from loreg.registry.composing import compose
+    from loreg.registry.composing import combination
+    from loreg.registry.spill import spilling
 
     terms = [f"{'-' if a.weight < 0 else '+'} {abs(a.weight)!r}*{a.digest}" for a in adapters if a.weight != 0]
     made_of = canonical_json.dumps({"terms": sorted(terms), "method": method, "parameters": dict(parameters)})
-    name = f"{method}-{Digest.of(made_of).short}"
-    composed = compose(registry, " ".join(terms), name, method=method, parameters=parameters, device=device)
-    return adapter_input(registry, composed.version, 1.0)
+    name, summed = f"{method}-{Digest.of(made_of).short}", " ".join(terms)
+    with ExitStack() as work:
+        try:
+            made = work.enter_context(
+                combination(registry, summed, name, method=method, parameters=parameters, device=device)
+            )
+        except BaseMismatch as error:
+            if not any_base:
+                raise
+            raise BaseMismatch(
+                f"--allow-base-mismatch does not apply to adapters of different bases with {method}, which makes one "
+                f"version of them, and a version has one base: {error}"
+            ) from error
+        spill = work.enter_context(spilling(registry.home / "tmp"))
+        *blobs, manifest = made.blobs
+        files = {blob.digest: spill.file(blob) for blob in blobs}
+
+        @cache
+        def store() -> Composition:
+            version = made.store(registry).version
+            return Composition(made.method, made.relative_error, str(version), version.digest)
+
+        yield _Composed(AdapterInput(name, 1.0, manifest.digest, made.manifest, files), store)
 
 
 class _Found(NamedTuple):
@@ -332,16 +347,3 @@ def _verify_version(registry: Registry, reference: str) -> Verification:
         else:
             checks.append(Check(name, found == blob.size, f"{found:,} bytes, expected {blob.size:,}"))
     return Verification("blobs", tuple(checks))
-
-
-def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank]:
-    """See ``Registry.load``."""
-    from loreg.registry.building import factors
-
-    target = choose_device(device)
-    adapter = adapter_input(registry, version, 1.0)
-    deltas = {}
-    for path in version.manifest.modules:
-        terms = factors(adapter, path, target)
-        deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
-    return deltas

@@ -14,15 +14,25 @@ from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, 
 from loreg.format.module import FullTensor, Module
 from loreg.format.safetensors import Header, canonical_header
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm, TensorRef
+from loreg.registry.spill import Spill
 from loreg.registry.storage import PendingBlob
 
 
 @dataclass
 class Package:
-    """A manifest in the making: tensors go in by role, and ``finish`` gives manifest and blobs."""
+    """A manifest in the making: tensors go in by role, and ``finish`` gives manifest and blobs.
+
+    ``spill``: where factors that are in memory are kept until they are stored. Their order and offsets in the blob
+    are known only once all of them are.
+    """
 
     factors: dict[str, RawTensor] = field(default_factory=dict)
+    spill: Spill | None = None
     _blobs: dict[tuple[Digest, str], PendingBlob] = field(default_factory=dict)
+
+    def put(self, name: str, tensor: RawTensor) -> None:
+        """A tensor of the factors blob, under the name that it has there. Threads may call it at once."""
+        self.factors[name] = self.spill.keep(tensor) if self.spill else tensor
 
     def add(self, blob: PendingBlob, role: str) -> Digest:
         self._blobs[blob.digest, role] = blob
@@ -63,7 +73,7 @@ def pack(draft: Draft, binding: Binding, base: BaseReference) -> tuple[AdapterMa
         module = modules[path] = _module(bound)
         raws = (raw for term in (*bound.draft.terms, *bound.draft.bias_terms) for raw in term.tensors.values())
         for (name, _), raw in zip(module.tensors(path), raws, strict=True):
-            package.factors[name] = raw
+            package.put(name, raw)
             places[raw.key] = f"factors:{name}"
     full = {}
     for name, replaced in binding.full.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from loreg.adapters import models, names
+from loreg.adapters import models, names, renames
 from loreg.checkpoint import Checkpoint, StoredTensor
 from loreg.errors import BadInput, UsageError
 from loreg.format.fingerprint import BaseTensor
@@ -33,8 +33,8 @@ class Model:
 class Pair:
     """A tensor of the tuned model, and the base's that it was. ``name``: that of the base, or its own if it is new.
 
-    ``own``: its name in the tuned model. ``path``: that of the module whose weight it is, as the tuned model calls
-    it: a checkpoint of the whole model has the names that adapters use. ``base``: None if it is new.
+    ``own``: its name in the tuned model, in memory and not on disk: a model of the whole has the names there that
+    adapters use. ``path``: that of the module whose weight it is. ``base``: None if it is new.
     """
 
     name: str
@@ -107,14 +107,20 @@ def pair_up(base: Model, tuned: Model, selection: Selection) -> Pairs:
     after = {name: tuned.checkpoint.tensors[called] for name, called in own.items()}
     ties = _tie(base, tuned, own, before, after)
     called = {name: own.get(name, name) for name in (*base.tensors, *own)}
-    paths = {name: _path(theirs, tuned.tensors) for name, theirs in called.items()}
-    selection.check([(name, theirs, paths[name]) for name, theirs in called.items()])
+    live = renames.all_in_memory(called.values(), tuned.config)
+    known = set(live.values())
+    paths = {name: _path(live[theirs], known) for name, theirs in called.items()}
+    aliases = {
+        name: (name, theirs, _path(theirs, tuned.tensors), live[theirs], paths[name])
+        for name, theirs in called.items()
+    }
+    selection.check([*aliases.values()])
     selected: list[Pair] = []
     left_out: list[str] = []
     lacking: list[str] = []
     for name in sorted({*before, *after}):
-        theirs, path = called.get(name, name), paths.get(name, name)
-        wanted = selection.wants((name, theirs, path))
+        theirs, path = live.get(called.get(name, name), name), paths.get(name, name)
+        wanted = selection.wants(aliases.get(name, (name,)))
         if name not in after:
             (lacking if wanted else left_out).append(name)
         elif name not in before or not _equal(base, before[name], tuned, after[name]):

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from loreg.algebra.delta import LowRank
-from loreg.algebra.truncate import spectrum, stacked, triangle
 from loreg.errors import UsageError
 from loreg.format import methods
-from loreg.registry.building import factors
 from loreg.registry.composing import compose
 from loreg.registry.core import Registry
-from loreg.registry.merging import adapter_input, choose_device
 from loreg.registry.versions import Version
 
 
@@ -49,13 +42,7 @@ def resize(
     tags: Iterable[str] = (),
     note: str | None = None,
 ) -> Resized:
-    """Store what ``compose`` with ``svd`` makes of one version as a version of ``name``, by default of its own.
-
-    ``rank`` bounds the rank of every module; ``energy`` in (0, 1] asks for the least that keeps that share of its
-    square norm; with both, the smaller rank holds. A rank above a module's own changes the factors, not the product.
-    Raises UsageError without either, or for a version without modules; Unsupported for a module that is no product
-    of factors, such as DoRA; NotFound.
-    """
+    """See ``Registry.resize``."""
     given = {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
     methods.parameters("svd", given)
     before = registry.resolve(reference)
@@ -72,19 +59,6 @@ def resize(
         tags=tags,
         note=note,
     )
-    old, new = (adapter_input(registry, version, 1.0) for version in (before, composed.version))
-    target = choose_device(device)
-    modules, lost, total = [], 0.0, 0.0
-    for path, module in old.manifest.modules.items():
-        was, made = factors(old, path, target), factors(new, path, target)
-        size, rest = _norm(was), _norm([*was, *(-delta for delta in made)])
-        lost, total = math.hypot(lost, rest), math.hypot(total, size)
-        after = new.manifest.modules[path].rank
-        modules.append(ResizedModule(path, module.rank, after, rest / size if size else 0.0))
-    return Resized(composed.version, lost / total if total else 0.0, tuple(modules))
-
-
-def _norm(deltas: Sequence[LowRank]) -> float:
-    """‖Σ c·B·A‖ in the Frobenius norm; where terms cancel, to 2⁻⁵² of their sizes."""
-    left, right = stacked(deltas)
-    return float(torch.linalg.vector_norm(spectrum(triangle(left), triangle(right.T)).sigma))
+    old, new = before.manifest.modules, composed.version.manifest.modules
+    modules = tuple(ResizedModule(path, old[path].rank, new[path].rank, composed.modules[path]) for path in old)
+    return Resized(composed.version, composed.relative_error, modules)

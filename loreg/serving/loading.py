@@ -9,7 +9,7 @@ from loreg.format.module import IN_OUT
 from loreg.registry import Registry
 from loreg.registry import open as open_registry
 from loreg.registry.building import factors
-from loreg.registry.merging import adapter_input, choose_device
+from loreg.registry.inputs import adapter_input, choose_device
 
 
 def load(

@@ -79,7 +79,7 @@ def _deltas(factors: list[tuple[Tensor, Tensor]]) -> Given:
 
 def _ours(given: Given) -> tuple[Tensor, Tensor]:
     """(B, A) of the result, float32, as PEFT's is."""
-    (delta,) = METHODS["svd"](given, {"rank": RANK})
+    (delta,) = METHODS["svd"](given, {"rank": RANK}).terms
     return delta.left.float(), delta.right.float()
 
 

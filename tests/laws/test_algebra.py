@@ -364,7 +364,7 @@ def terms_of(seed: int, rows: int = 40, columns: int = 30) -> list[tuple[float, 
 
 def linear(terms: list[tuple[float, LowRank]]) -> tuple[LowRank, ...]:
     """Σ w·Δ as its terms."""
-    return cat([(weight, (delta,)) for weight, delta in terms], {})
+    return cat([(weight, (delta,)) for weight, delta in terms], {}).terms
 
 
 def dense_of(terms: list[tuple[float, LowRank]]) -> Tensor:

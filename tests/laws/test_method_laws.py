@@ -72,22 +72,26 @@ def test_weight_zero_removes_a_term(merge, method: str) -> None:
     assert merge(f"{first}+{second}{others}", method) == merge(f"{first}+{second}", method)
 
 
+def everything(method: str) -> dict[str, float]:
+    """Parameters by which no element is dropped."""
+    whole = {"density": 1.0} if method in PARAMETERS else {}
+    return whole | ({"gamma": 0.0} if "gamma" in METHODS[method].parameters else {})
+
+
 @pytest.mark.parametrize("method", IDENTITY)
 def test_one_adapter_is_itself(merge, method: str) -> None:
-    whole = {"density": 1.0} if method in PARAMETERS else {}
-    whole |= {"gamma": 0.0} if "gamma" in METHODS[method].parameters else {}
-    assert merge("sql", method, **whole) == merge("sql", "linear")
+    assert merge("sql", method, **everything(method)) == merge("sql", "linear")
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties:mergekit", "della", "breadcrumbs", "dare_ties:mergekit"])
+@pytest.mark.parametrize("method", [name for name in DENSE if "lambda" in METHODS[name].parameters])
 def test_lambda_scales_what_is_added(merge, method: str) -> None:
-    # A power of two, so that nothing rounds differently.
-    doubled = merge("sql+humor+code", method, **{"lambda": 2.0})
-    assert doubled != merge("sql+humor+code", method)
-    assert (
-        doubled == merge("2*sql+2*humor+2*code", method, normalize=False)
-        or METHODS[method].parameters["normalize"].default
-    )
+    # Powers of two, so that nothing rounds differently.
+    given = {"normalize": False, "lambda": 2.0}
+    doubled = merge("sql+humor+code", method, **given)
+    assert doubled == merge("2*sql+2*humor+2*code", method, normalize=False) != merge("sql+humor+code", method)
+    for normalize in (False, True):
+        given = {"normalize": normalize, "lambda": -2.0}
+        assert merge("sql", method, **everything(method), **given) == merge("-2*sql", "linear")
 
 
 @pytest.mark.parametrize("method", DENSE)
@@ -125,6 +129,45 @@ def test_a_composition_does_not_depend_on_the_order_of_its_terms(world: loreg.Re
         for order in (terms, terms[::-1])
     ]
     assert found[0].version.digest == found[1].version.digest
+
+
+# Of these a place in the checkpoint's order decides: whose row it is in, or what its random number is.
+PLACED = {name for name in DENSE if {"seed", "filter_wise", "flatten"} & set(METHODS[name].parameters)}
+
+
+@pytest.fixture(scope="module")
+def stored_both_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loreg.Registry]:
+    """One model as (out, in) and as (in, out), and the same adapters for both."""
+    folder = tmp_path_factory.mktemp("turned")
+    rng = np.random.default_rng(9)
+    weight = tiny.normal(rng, "F32", 12, 20)
+    adapters = {name: {Q: tiny.factors(rng, 12, 20, 3)} for name in ("a", "b")}
+    with loreg.open(folder / "home") as registry:
+        for way, matrix in (("out", weight), ("in", tiny.tensor("F32", weight.values.T.copy()))):
+            registry.add_base(tiny.write_model(folder / way, {f"{Q}.weight": matrix}), way)
+            for name, modules in adapters.items():
+                path = tiny.write_adapter(folder / f"{name}-{way}", modules, fan_in_fan_out=way == "in")
+                registry.push(path, base=way, name=f"{name}-{way}")
+        yield registry
+
+
+@pytest.mark.parametrize("method", ["linear", *FACTORS, *(name for name in DENSE if name not in PLACED)])
+def test_how_a_weight_is_stored_does_not_show(stored_both_ways: loreg.Registry, method: str, tmp_path: Path) -> None:
+    given = dict(PARAMETERS.get(method, {})) | ({"rank": 2} if "rank" in METHODS[method].parameters else {})
+    weights = (0.7, 0.4) if method in ("slerp", "karcher") else (0.7, -0.4)
+
+    def change(way: str) -> tiny.Array:
+        expression = f"{weights[0]}*a-{way} + {weights[1]}*b-{way}".replace("+ -", "- ")
+        stored_both_ways.merge(expression, tmp_path / way, method=method, parameters=given)
+        name, base = f"{Q}.weight", Path(stored_both_ways.show_base(way).path)
+        merged, before = (
+            tiny.contents(folder / "model.safetensors")[name].values for folder in (tmp_path / way, base)
+        )
+        return merged.astype(np.float64) - before
+
+    expected = change("out")
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(change("in").T, expected, atol=1e-5 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("method", DENSE)

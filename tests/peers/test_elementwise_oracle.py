@@ -10,17 +10,23 @@ Where a library is wrong the test says so, and holds loreg to the formula in flo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import HealthCheck, settings
+from hypothesis import given as of
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from loreg.algebra import LowRank, WeightedSum, apply
 from loreg.algebra.elementwise import METHODS, Deltas
 from loreg.algebra.elementwise.masks import uniform
 from loreg.format.methods import parameters
 
+peft = pytest.importorskip("peft")
 merge_utils = pytest.importorskip("peft.utils.merge_utils")
 sparsify = pytest.importorskip("mergekit.sparsify")
 registry = pytest.importorskip("mergekit.merge_methods.registry")
@@ -171,19 +177,83 @@ def test_mergekit_defaults() -> None:
         assert set(found) - set(theirs) <= {"seed", "consensus"}
 
 
+def counting(name: str) -> GeneralizedTaskArithmeticMerge:
+    """mergekit's method, with the consensus that it has and offers by no name."""
+    method = registry.get(name)
+    fields = {field: getattr(method, field) for field in method.__dataclass_fields__ if field != "consensus_method"}
+    return GeneralizedTaskArithmeticMerge(consensus_method="count", **fields)
+
+
 def test_mergekit_count_consensus() -> None:
-    method = registry.get("ties")
-    counting = GeneralizedTaskArithmeticMerge(
-        consensus_method="count",
-        **{field: getattr(method, field) for field in method.__dataclass_fields__ if field != "consensus_method"},
-    )
     for deltas in every(3):
-        expected = mergekit(counting, deltas, weight=list(deltas.weights), density=0.6)
+        expected = mergekit(counting("ties"), deltas, weight=list(deltas.weights), density=0.6)
         close(ours("ties:mergekit", deltas, density=0.6, consensus="count"), expected)
+
+
+@st.composite
+def cancelling(draw: st.DrawFn) -> Deltas:
+    """Deltas whose elements in one place differ by a sign or a factor of 2, so that with such weights many sums are
+    zero, exactly; no two elements of one delta have the same magnitude, so that what is largest is no question."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    magnitudes = torch.randperm(42, generator=random).double() + 1
+    weights = draw(st.lists(st.sampled_from([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=3))
+    signs = [torch.randint(0, 2, (42,), generator=random) * 2 - 1 for _ in weights]
+    values = tuple((magnitudes * sign * draw(st.sampled_from([1, 2]))).view(6, 7) for sign in signs)
+    return Deltas(values, tuple(weights), tuple(range(40, 40 + len(weights))))
+
+
+@pytest.mark.parametrize(("name", "more"), GENERALISED, ids=str)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@of(
+    deltas=cancelling(),
+    density=st.sampled_from([0.3, 0.7, 1.0]),
+    scale=st.sampled_from([-3.0, -1.0, 0.3, 1.0, 2.5]),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    by_count=st.booleans(),
+)
+def test_mergekit_generalised_where_signs_cancel(
+    name: str,
+    more: dict[str, Any],
+    deltas: Deltas,
+    density: float,
+    scale: float,
+    flags: tuple[bool, bool],
+    by_count: bool,
+    draw: Callable[[tuple[int, ...]], None],
+) -> None:
+    full = name if name in METHODS else f"{name}:mergekit"
+    given = {**more, "density": density, "lambda": scale, "normalize": flags[0], "rescale": flags[1]}
+    takes = parameters(full, {})
+    known = {key: value for key, value in given.items() if key in takes}
+    elects = "consensus" in takes
+    draw(deltas.keys)
+    method = counting(name) if elects and by_count else name
+    expected = mergekit(method, deltas, weight=list(deltas.weights), **given)
+    close(ours(full, deltas, **known, **({"consensus": "count"} if elects and by_count else {})), expected)
+
+
+@pytest.mark.parametrize("name", ["magnitude_prune", "ties", "dare_linear", "dare_ties"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@of(
+    deltas=cancelling(),
+    density=st.sampled_from([0.3, 0.7, 1.0]),
+    sign=st.sampled_from(["total", "frequency"]),
+)
+def test_peft_where_signs_cancel(
+    name: str, deltas: Deltas, density: float, sign: str, draw: Callable[[tuple[int, ...]], None]
+) -> None:
+    elects = name.endswith("ties")
+    draw(deltas.keys)
+    weights = torch.tensor(deltas.weights, dtype=torch.float64)
+    theirs = {"majority_sign_method": sign} if elects else {}
+    expected = getattr(merge_utils, name)(list(deltas.values), weights, density, **theirs)
+    full = name if name == "magnitude_prune" else f"{name}:peft"
+    close(ours(full, deltas, density=density, **({"majority_sign": sign} if elects else {})), expected)
 
 
 @pytest.mark.parametrize("select_topk", [0.07, 0.5, 1.0])
 def test_mergekit_sce(select_topk: float) -> None:
+    """mergekit's has no weights: ours are factors of the deltas, in what is selected too."""
     for deltas in every(1, 2, 3):
         weighted = Deltas(
             tuple(value * weight for value, weight in zip(deltas.values, deltas.weights, strict=True)),
@@ -191,6 +261,13 @@ def test_mergekit_sce(select_topk: float) -> None:
             deltas.keys,
         )
         close(ours("sce", deltas, select_topk=select_topk), mergekit("sce", weighted, select_topk=select_topk))
+
+
+@settings(max_examples=30, deadline=None)
+@of(deltas=cancelling())
+def test_mergekit_sce_where_signs_cancel(deltas: Deltas) -> None:
+    values = tuple(value * weight for value, weight in zip(deltas.values, deltas.weights, strict=True))
+    close(ours("sce", deltas), mergekit("sce", Deltas(values, (1.0,) * len(values), deltas.keys)))
 
 
 def test_mergekit_sce_of_a_delta_with_hardly_any_share() -> None:
@@ -238,6 +315,16 @@ def test_mergekit_karcher() -> None:
     deltas = inputs(3, (12, 17), (1.0, 1.0, 1.0))
     for given in ({"max_iter": 1}, {"tol": 0.3}, {"max_iter": 50, "tol": 1e-12}):
         close(ours("karcher", deltas, **given), mergekit("karcher", deltas, base=False, **given), rtol=1e-11)
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 10])
+def test_mergekit_karcher_of_a_delta_of_zeros(max_iter: int) -> None:
+    """Stopped early, it is the shares among those that have a direction that say where."""
+    one, other, third = inputs(3, (12, 17), (1.0, 1.0, 1.0)).values
+    values, weights = (one, torch.zeros_like(one), other, third), (0.75, 2.0, 0.5, -0.25)
+    deltas = Deltas(values, weights, (0, 1, 2, 3))
+    expected = karcher_merge_tensors(list(values), [weight / 3.0 for weight in weights], max_iter=max_iter)
+    close(ours("karcher", deltas, max_iter=max_iter), expected)
 
 
 @pytest.mark.parametrize("filter_wise", [True, False])
@@ -306,3 +393,84 @@ def test_mergekit_normalize_cancels_a_single_weight() -> None:
     close(mergekit("ties", deltas, weight=[-1.0]), deltas.values[0])
     close(ours("ties:mergekit", deltas), deltas.values[0])
     close(ours("ties:mergekit", deltas, normalize=False), -deltas.values[0])
+
+
+# Where PEFT's combinations of several adapters are not what they are named after
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(14, 20, bias=False)
+
+
+@cache
+def adapted() -> Any:
+    """A layer with three adapters of rank 4: of alpha 8, of alpha 32, and of alpha 8 by rsLoRA."""
+    random = torch.Generator().manual_seed(7)
+    model = peft.get_peft_model(_Layer(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["proj"]), "sql")
+    model.add_adapter("humor", peft.LoraConfig(r=4, lora_alpha=32, target_modules=["proj"]))
+    model.add_adapter("code", peft.LoraConfig(r=4, lora_alpha=8, target_modules=["proj"], use_rslora=True))
+    for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
+        parameter.data.normal_(generator=random)
+    return model.base_model
+
+
+def combined_by_peft(names: Sequence[str], weights: Sequence[float], kind: str, **options: Any) -> Tensor:
+    model = adapted()
+    model.add_weighted_adapter(list(names), list(weights), "merged", kind, **options)
+    try:
+        found: Tensor = model.model.proj.get_delta_weight("merged").detach().double()
+        return found
+    finally:
+        model.delete_adapter("merged")
+
+
+def trained(names: Sequence[str], weights: Sequence[float]) -> list[LowRank]:
+    layer = adapted().model.proj
+    factors = [(layer.lora_B[n].weight.detach(), layer.lora_A[n].weight.detach(), layer.scaling[n]) for n in names]
+    return [LowRank(b, a, scale).scaled(w) for (b, a, scale), w in zip(factors, weights, strict=True)]
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+MIXES = [
+    (("sql", "humor"), (1.0, 1.0)),  # of two alphas
+    (("sql", "humor"), (1.0, -1.0)),
+    (("sql", "code"), (0.7, -0.4)),  # rsLoRA among others
+    (("code", "sql"), (1.0, 0.5)),  # and first, where PEFT's result is rsLoRA too
+    (("sql", "humor", "code"), (-0.5, -1.0, 2.0)),
+]
+
+
+@pytest.mark.parametrize(("names", "weights"), MIXES, ids=str)
+def test_peft_linear_is_not_the_weighted_sum(names: tuple[str, ...], weights: tuple[float, ...]) -> None:
+    """PEFT #3004: of A and B that are summed by themselves, every B meets every A. The sum is in float64."""
+    layer = adapted().model.proj
+    parts = [layer.scaling[n] * (layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double()) for n in names]
+    truth = torch.stack([part.detach() * w for part, w in zip(parts, weights, strict=True)]).sum(0)
+    assert off(combined_by_peft(names, weights, "linear"), truth) > 0.5
+    merged = apply(torch.zeros(20, 14, dtype=torch.float32), WeightedSum(tuple(trained(names, weights))))
+    assert off(merged.double(), truth) < 2.0**-24
+    alone = Deltas(tuple(part.detach() for part in parts), weights, tuple(range(len(names))))
+    assert off(ours("task_arithmetic", alone), truth) < 1e-15
+
+
+@pytest.mark.parametrize("kind", ["magnitude_prune", "ties"])
+@pytest.mark.parametrize(("names", "weights"), MIXES, ids=str)
+def test_peft_prunes_factors(names: tuple[str, ...], weights: tuple[float, ...], kind: str) -> None:
+    """Without ``_svd`` in their names these prune A and B, which says little of ΔW. Ours are the same on ΔW."""
+    values = tuple(term.dense() for term in trained(names, (1.0,) * len(names)))
+    truth = getattr(merge_utils, kind)(list(values), torch.tensor(weights, dtype=torch.float64), 0.5)
+    assert off(combined_by_peft(names, weights, kind, density=0.5), truth) > 0.5
+    full = kind if kind in METHODS else f"{kind}:peft"
+    assert off(ours(full, Deltas(values, weights, tuple(range(len(names)))), density=0.5), truth) < 1e-14
+
+
+def test_the_sign_of_a_lone_adapter_is_right_in_both() -> None:
+    """What PEFT #3004 also reports, that -1 gave the same as 1, this PEFT has mended."""
+    truth = -trained(["sql"], [1.0])[0].dense()
+    assert off(combined_by_peft(["sql"], [-1.0], "linear"), truth) < 1e-6
+    assert off(trained(["sql"], [-1.0])[0].dense(), truth) == 0

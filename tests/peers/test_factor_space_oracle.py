@@ -54,7 +54,7 @@ def ours(names: Sequence[str], method: str, **parameters: object) -> Tensor:
     given = [
         (WEIGHTS[n], (LowRank(layer.lora_B[n].weight, layer.lora_A[n].weight, layer.scaling[n]),)) for n in names
     ]
-    result = METHODS[method](given, parameters)
+    result = METHODS[method](given, parameters).terms
     assert not any(term.left.requires_grad for term in result) or method == "cat"
     return torch.stack([term.dense().detach() for term in result]).sum(0)
 

@@ -19,8 +19,8 @@ import loreg
 from loreg.cli import main
 from loreg.errors import BadInput, LoregError, NotFound, Unsupported, UsageError
 from loreg.format.manifest import Tie
-from loreg.registry.differing import _Room
 from loreg.registry.extracting import Extracted
+from loreg.registry.room import Room
 
 ROWS, COLS, WORDS, RANK = 24, 20, 40, 2
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -467,7 +467,7 @@ def test_the_same_version_whatever_the_threads(desk: Desk) -> None:
 
 
 def test_no_more_is_held_than_there_is_room_for() -> None:
-    room, held, most = _Room(10), [0], [0]
+    room, held, most = Room(10), [0], [0]
     lock = threading.Lock()
 
     def work(count: int) -> None:

@@ -277,6 +277,8 @@ def _angles() -> list[Vector]:
              ("1", [{**x, "scale": "-1"}]), **small),
         case("karcher-steps", "One step.", "karcher", {"max_iter": 1}, ("1", [x]), ("2", [values("y", 3, 2)]),
              ("3", [values("z", 3, 2)]), **small),
+        case("karcher-most", "As many steps as there may be, of which few are needed.", "karcher",
+             {"max_iter": 10_000}, ("1", [x]), ("2", [values("y", 3, 2)]), **small),
         case("karcher-loose", "A tolerance that ends it at once.", "karcher", {"tol": 0.5}, ("1", [x]),
              ("2", [values("y", 3, 2)]), ("3", [values("z", 3, 2)]), **small),
         case("stock-rows", "A factor for each row.", "model_stock", {"filter_wise": True}, *THREE),
@@ -311,6 +313,7 @@ def _refused() -> list[Vector]:
         ("majority", "ties:peft", "majority_sign", "sum"), ("flag", "ties:mergekit", "normalize", 1),
         ("select-0", "sce", "select_topk", 0), ("flatten", "nuslerp", "flatten", None),
         ("tol-0", "karcher", "tol", 0), ("steps-0", "karcher", "max_iter", 0),
+        ("steps-many", "karcher", "max_iter", 10_001), ("steps-endless", "karcher", "max_iter", 2**53 - 1),
         ("filter", "model_stock", "filter_wise", "true"),
     )  # fmt: skip
 

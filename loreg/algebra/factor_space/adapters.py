@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loreg.algebra.delta import LowRank, common_shape
-from loreg.algebra.truncate import check_limits, stacked, truncate_product
+from loreg.algebra.truncate import Truncated, check_limits, stacked, truncate_product
 from loreg.errors import UsageError
 
 Adapters = Sequence[tuple[float, tuple[LowRank, ...]]]
 """(weight, terms) for each adapter; the adapter's delta is the sum of its terms, zero if it has none."""
 
-FactorMethod = Callable[[Adapters, Mapping[str, Any]], tuple[LowRank, ...]]
-"""A method: the adapters, and the parameters that ``loreg.format.methods`` lists for it, to the combined delta."""
+Keys = Sequence[int] | None
+"""For each adapter a number that seeds its random masks; None means its index."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """What a method makes of adapters: ``terms``, whose sum is the combined delta.
+
+    ``norm``: ‖·‖ of what the method makes without ``rank`` and ``energy``; None if that is what the terms are.
+    ``lost``: ‖·‖ of what these cut off. Both in the Frobenius norm, float64.
+    """
+
+    terms: tuple[LowRank, ...]
+    norm: float | None = None
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, found: Truncated) -> Combined:
+        return cls((found.delta,), found.norm, found.lost)
+
+
+class FactorMethod(Protocol):
+    """A method: the adapters, the parameters that ``loreg.format.methods`` lists for it, and keys, to a delta."""
+
+    def __call__(self, adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,9 +76,9 @@ class Stacks:
         weights = [stack.weight for stack in self.each for _ in range(stack.left.shape[1])]
         return self.left * torch.tensor(weights, dtype=torch.float64, device=self.left.device)
 
-    def zero(self) -> tuple[LowRank, ...]:
+    def zero(self) -> Combined:
         """The zero delta, of rank 1."""
-        return (LowRank(torch.zeros_like(self.left[:, :1]), torch.zeros_like(self.right[:1])),)
+        return Combined((LowRank(torch.zeros_like(self.left[:, :1]), torch.zeros_like(self.right[:1])),))
 
 
 def present(adapters: Adapters) -> list[int]:
@@ -81,9 +104,9 @@ def check(adapters: Adapters, parameters: Mapping[str, Any]) -> Stacks:
     return Stacks(tuple(stacks), left, right)
 
 
-def truncated(left: Tensor, right: Tensor, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def truncated(left: Tensor, right: Tensor, parameters: Mapping[str, Any]) -> Combined:
     """left @ right as one delta of balanced factors, truncated to ``rank`` and ``energy`` if they are given."""
     rank, energy = parameters.get("rank"), parameters.get("energy")
     if rank is None and energy is None:
         rank = min(left.shape[0], right.shape[1])
-    return (truncate_product(left, right, rank, energy).delta,)
+    return Combined.of(truncate_product(left, right, rank, energy))

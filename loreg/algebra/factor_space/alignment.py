@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loreg.algebra.delta import LowRank
-from loreg.algebra.factor_space.adapters import Adapters, Stacks, check, truncated
+from loreg.algebra.factor_space.adapters import Adapters, Combined, Keys, Stacks, check, truncated
 from loreg.algebra.truncate import spectrum, triangle
 from loreg.errors import BadInput, UsageError
 
 
 @torch.no_grad()
-def knots(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def knots(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """KnOTS: an elementwise method on the deltas' coordinates in the singular basis of all of them.
 
     [Δ₁ … Δ_k] = U·S·[V₁ᵀ … V_kᵀ], (m, k·n); the (R, n) matrices S·Vᵢᵀ = UᵀΔᵢ are combined by ``inner``, and the
@@ -23,8 +22,8 @@ def knots(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, .
     task_merger.py, S on V's side as its configurations have it.) Needs k·R·n doubles.
 
     ``inner``: a name of ``loreg.algebra.elementwise.METHODS``, with its parameters beside it, or "linear", the
-    weighted sum. Default "ties:mergekit". ``keys``: for each adapter a number that seeds ``inner``'s random masks,
-    by default its index; it is for the caller to derive them from the recipe, as for dense deltas.
+    weighted sum. Default "ties:mergekit". ``keys`` seed ``inner``'s random masks; it is for the caller to derive
+    them from the recipe, as for dense deltas.
 
     Decided here. *Weights* go to ``inner``; the basis is that of the unweighted deltas, as in the paper. So scaling,
     order and a single adapter do what they do for ``inner``; with "linear" this is the sum, and one adapter at weight
@@ -42,12 +41,12 @@ def knots(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, .
     if basis.shape[1] == 0:
         return stacks.zero()
     coordinates = [rows[:, stack.place] @ stack.right for stack in stacks.each]
-    merged = _combined(adapters, stacks, coordinates, parameters, "ties:mergekit")
+    merged = _combined(stacks, coordinates, parameters, _checked(keys, adapters), "ties:mergekit")
     return truncated(basis, merged, parameters)
 
 
 @torch.no_grad()
-def core_space(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def core_space(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """Core Space merging: a method on small cores of the deltas, in bases that span all their factors.
 
     U: the left singular vectors of [B₁ … B_k], V: the right ones of [A₁; …; A_k], at most R of each. The cores
@@ -73,7 +72,8 @@ def core_space(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRa
         return stacks.zero()
     of_left = of_left * torch.tensor(scales, dtype=torch.float64, device=of_left.device)
     cores = [of_left[:, stack.place] @ of_right[:, stack.place].T for stack in stacks.each]
-    return truncated(u @ _combined(adapters, stacks, cores, parameters, "linear"), v.T, parameters)
+    merged = _combined(stacks, cores, parameters, _checked(keys, adapters), "linear")
+    return truncated(u @ merged, v.T, parameters)
 
 
 def _span(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +82,18 @@ def _span(x: Tensor) -> tuple[Tensor, Tensor]:
     return found.basis(x, found.rank(x.shape))
 
 
+def _checked(keys: Keys, adapters: Adapters) -> Sequence[int]:
+    """One key for each adapter, or BadInput."""
+    found = range(len(adapters)) if keys is None else keys
+    if len(found) != len(adapters):
+        raise BadInput(f"random masks need one key for each of {len(adapters)} adapters, found {len(found)}.")
+    return found
+
+
 def _combined(
-    adapters: Adapters, stacks: Stacks, values: Sequence[Tensor], parameters: Mapping[str, Any], default: str
+    stacks: Stacks, values: Sequence[Tensor], parameters: Mapping[str, Any], keys: Sequence[int], default: str
 ) -> Tensor:
-    """``values``, one for each of ``stacks``, combined by ``inner`` with the adapters' weights and keys."""
+    """``values``, one for each of ``stacks``, combined by ``inner`` with the adapters' weights and ``keys``."""
     # Late, as no other method here needs that package.
     from loreg.algebra.elementwise import METHODS, Deltas
 
@@ -95,8 +103,5 @@ def _combined(
         return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
     if name not in METHODS:
         raise UsageError(f"there is no inner method {name!r}: choose one of linear, {', '.join(METHODS)}.")
-    keys = parameters.get("keys", range(len(adapters)))
-    if len(keys) != len(adapters):
-        raise BadInput(f"random masks need one key for each of {len(adapters)} adapters, found {len(keys)}.")
     deltas = Deltas(tuple(values), weights, tuple(keys[stack.index] for stack in stacks.each))
     return METHODS[name](deltas, parameters)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from loreg.algebra.delta import LowRank, common_shape
-from loreg.algebra.factor_space.adapters import Adapters, present
+from loreg.algebra.factor_space.adapters import Adapters, Combined, Keys, present
 from loreg.algebra.truncate import check_limits, stacked, truncate_product
 from loreg.errors import Unsupported, UsageError
 
 
-def cat(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def cat(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """Σ w·Δ as all terms of all adapters, which is what ``linear`` stores: of a rank that is the sum of ranks.
 
     Exact but for each scale, which is one IEEE double product; factors keep their dtypes, nothing is folded. For
@@ -23,11 +23,11 @@ def cat(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...
     """
     terms = tuple(term.scaled(adapters[index][0]) for index in present(adapters) for term in adapters[index][1])
     common_shape(terms)
-    return terms
+    return Combined(terms)
 
 
 @torch.no_grad()
-def svd(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def svd(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """Σ w·Δ truncated by its SVD: the nearest delta of its rank, see :func:`~loreg.algebra.truncate.truncate`.
 
     PEFT's ``svd`` (peft/tuners/lora/model.py) is the same product, from an SVD of the dense sum in the dtype of the
@@ -37,11 +37,11 @@ def svd(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...
     limits = parameters.get("rank"), parameters.get("energy")
     check_limits(common_shape([term for _, term in terms]), *limits)
     left, right = stacked([term for _, term in terms], [weight for weight, _ in terms])
-    return (truncate_product(left, right, *limits).delta,)
+    return Combined.of(truncate_product(left, right, *limits))
 
 
 @torch.no_grad()
-def peft_linear(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def peft_linear(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """PEFT's ``add_weighted_adapter(combination_type="linear")``, only so that old results can be reproduced.
 
     With c = weight·scale: A = Σ sign(c)·√|c|·A, B = Σ √|c|·B, and the delta BA (peft/tuners/lora/model.py,
@@ -74,4 +74,4 @@ def peft_linear(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowR
         root = math.sqrt(abs(c))
         left += root * term.left.double()
         right += math.copysign(root, c) * term.right.double()
-    return (LowRank(left, right),)
+    return Combined((LowRank(left, right),))

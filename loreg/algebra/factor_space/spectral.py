@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loreg.algebra.delta import LowRank
-from loreg.algebra.factor_space.adapters import Adapters, check, truncated
+from loreg.algebra.factor_space.adapters import Adapters, Combined, Keys, check, truncated
 from loreg.algebra.truncate import kept_rank, spectrum, triangle
 from loreg.errors import UsageError
 
@@ -19,7 +20,7 @@ what two computations of one direction may be apart by."""
 
 
 @torch.no_grad()
-def tsv(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def tsv(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """TSV-Merge: each adapter's leading singular vectors, made orthogonal to the others', with its singular values.
 
     Δᵢ = UᵢΣᵢVᵢᵀ, cut to its ⌊min(m, n)/k⌋ largest; U = [U₁ … U_k], and V likewise, is replaced by the nearest matrix
@@ -70,7 +71,7 @@ def _orthogonal(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def iso_c(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, ...]:
+def iso_c(adapters: Adapters, parameters: Mapping[str, Any], keys: Keys = None) -> Combined:
     """Iso-C: the weighted sum with all its singular values made equal to their mean.
 
     Σ w·Δ = UΣVᵀ; the result is σ̄·UVᵀ, σ̄ the mean of the singular values. (Marczak et al., "No task left behind:
@@ -94,8 +95,12 @@ def iso_c(adapters: Adapters, parameters: Mapping[str, Any]) -> tuple[LowRank, .
     if count == 0:
         return stacks.zero()
     unit = found.sigma[:count] / found.sigma[0]
+    whole, every = float(found.sigma[:count].mean()), count
     count = kept_rank(unit.square(), parameters.get("rank"), parameters.get("energy"))
     vectors, rows = found.basis(left, count)
     sigma = found.sigma[:count]
     root = sigma.mean().sqrt()
-    return (LowRank(vectors * root, (rows * (root / sigma[:, None])) @ stacks.right),)
+    delta = LowRank(vectors * root, (rows * (root / sigma[:, None])) @ stacks.right)
+    # The vectors that both have differ by the means, and the others are missing.
+    lost = math.hypot(math.sqrt(count) * (float(sigma.mean()) - whole), math.sqrt(every - count) * whole)
+    return Combined((delta,), math.sqrt(every) * whole, lost)
