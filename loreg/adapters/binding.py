@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
 from loreg import layers
-from loreg.adapters import fusions, models, renames, tying
+from loreg.adapters import fusions, models, renames, ties, tying
 from loreg.adapters.bound import Binding, BoundFull, BoundModule
 from loreg.adapters.draft import Draft, DraftModule, DraftTerm
-from loreg.errors import BadInput, Unsupported
+from loreg.errors import BadInput, LoregError, Unsupported
 from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
+from loreg.format.manifest import Tie
 from loreg.format.module import IN_OUT, OUT_IN
 
 _STACKED = ("lora_experts",)
@@ -41,21 +42,24 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
     Raises BadInput naming the first module or tensor that has no place in the checkpoint, or does not fit it;
     Unsupported for one whose orientation or second use in the model cannot be told.
     """
-    pair = models.tie_of(config, tensors)
-    known = dict(tensors) if pair is None else {pair[0]: tensors[pair[1]], **tensors}
+    pairs = models.ties_of(config, tensors)
+    known = {**{name: tensors[to] for name, to in pairs}, **tensors}
     draft = fusions.placed(draft.located(known, config), tensors, config)
     weights = {path: f"{path}.{module.parameter}".rstrip(".") for path, module in draft.modules.items()}
     biases = {path: f"{path}.{module.bias}" for path, module in draft.modules.items() if module.bias_terms}
-    found = renames.resolve([*weights.values(), *biases.values(), *draft.full], known, config)
+    wanted_names = [*weights.values(), *biases.values(), *draft.full]
+    found = renames.resolve(wanted_names, known, config)
+    ties.check_stacks(config, {wanted: found.get(wanted, wanted) for wanted in wanted_names})
     for wanted in weights.values():
         if wanted not in found:
-            raise _missing(wanted, tensors)
+            raise _missing(wanted, tensors, config)
     for path, wanted in biases.items():
         if wanted not in found:
             raise _without_bias(path, wanted, draft.modules[path])
 
-    replaced = tying.replaced(pair, _full(draft, found, known), draft.together)
-    resized = tying.shapes(pair, replaced)
+    one = [(name, to) for name, to in pairs if known[name].content == known[to].content]
+    replaced = tying.replaced(one, _full(draft, found, known, config), draft.together)
+    resized = tying.shapes(one, replaced)
 
     def weight_of(path: str) -> BaseTensor:
         weight = known[found[weights[path]]]
@@ -69,14 +73,37 @@ def bind(draft: Draft, tensors: Mapping[str, BaseTensor], config: Mapping[str, A
             module, found[weights[path]], fit.kind, fit.orientation, fit.out_in, bias, fit.stored
         )
     _check_attention(draft, tensors, found, weights)
-    settled = tying.settled(pair, modules, replaced, known)
-    if pair is not None and settled.ties and tensors.get(pair[0], known[pair[1]]).content != known[pair[1]].content:
-        raise Unsupported(
-            f"The base stores {pair[0]!r} and {pair[1]!r} with different values, and its config says that they are "
-            "one (tie_word_embeddings): which the model uses cannot be told; set it to false in config.json."
-        )
+    _check_rows(modules, pairs, known)
+    tying.check_heads(config, pairs, resized, known)
+    settled = tying.settled(pairs, modules, replaced, known)
+    if not ties.forced(config):
+        _check_one(settled.ties, tensors)
     tying.check_sizes(models.words_of(config, tensors), settled, known)
     return Binding(settled.modules, settled.full, settled.ties, replaced.copies)
+
+
+def _check_rows(
+    modules: Mapping[str, BoundModule], pairs: Sequence[ties.Pair], known: Mapping[str, BaseTensor]
+) -> None:
+    """PEFT 0.21 computes a linear layer with trained rows without its bias (``tuners/trainable_tokens/layer.py``)."""
+    for path, bound in modules.items():
+        if any(term.form == "rows" for term in bound.draft.terms):
+            places = [bound.tensor, *(name for name, to in pairs if to == bound.tensor)]
+            biases = [bias for name in places if (bias := f"{name.removesuffix('.weight')}.bias") in known]
+            if biases:
+                raise Unsupported(
+                    f"Module {path!r} has trained rows that are of a head as well, and PEFT computed that without "
+                    f"its bias {biases[0]!r}, so that another model was trained; adapt the embedding by LoRA instead."
+                )
+
+
+def _check_one(tied: Mapping[str, Tie], tensors: Mapping[str, BaseTensor]) -> None:
+    for name, tie in tied.items():
+        if name in tensors and tensors[name].content != tensors[tie.to].content:
+            raise Unsupported(
+                f"The base stores {name!r} and {tie.to!r} with different values, and its config says that they are "
+                "one (tie_word_embeddings): which the model uses cannot be told; set it to false in config.json."
+            )
 
 
 def _check_attention(
@@ -97,13 +124,15 @@ def _check_attention(
             )
 
 
-def _full(draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor]) -> dict[str, BoundFull]:
+def _full(
+    draft: Draft, found: Mapping[str, str], tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]
+) -> dict[str, BoundFull]:
     full: dict[str, BoundFull] = {}
     for name, tensor in draft.full.items():
         module = name.rpartition(".")[0]
         added = name not in found
         if added and not _is_new(name, draft.saved_modules, tensors):
-            raise _missing(name, tensors)
+            raise _missing(name, tensors, config)
         target = found.get(name, name)
         if target in full:
             raise BadInput(f"Two tensors of the adapter would replace {target!r}: expected one.")
@@ -271,7 +300,12 @@ def _without_bias(path: str, wanted: str, module: DraftModule) -> BadInput:
     )
 
 
-def _missing(name: str, tensors: Mapping[str, BaseTensor]) -> BadInput:
+def _missing(name: str, tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> LoregError:
+    if models.may_be_tied(config, name):
+        return Unsupported(
+            f"The adapter has {name!r}, of which the base stores nothing: this model may tie it to a weight that is "
+            "stored, as a head to its embedding, in a way that loreg does not know; untie it in the base first."
+        )
     example = min(tensors)
     return BadInput(
         f"The adapter has {name!r}, and the base has no such tensor (it has {len(tensors)}, such as {example!r}); "

@@ -17,6 +17,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 from loreg.errors import BadInput
 
+PATH_LENGTH = 512
+"""Characters of a module's path, or of a tensor's name, that an adapter may have: the longest in transformers have 90
+or so, and a name of very many parts is looked for under each of its ends."""
+
 Shift = tuple[str, str]
 """A prefix that the adapter's name has, and the one that the checkpoint's name has instead."""
 
@@ -35,14 +39,25 @@ _WITHIN = re.compile(
 )
 
 
+def check_length(name: str) -> None:
+    """Raises BadInput for a name that is too long to be one."""
+    if len(name) > PATH_LENGTH:
+        raise BadInput(
+            f"The adapter has a name of {len(name):,} characters, {name[:60]!r}…: expected at most {PATH_LENGTH}, as "
+            "no model has longer ones; is the file damaged?"
+        )
+
+
 def resolve(wanted: Iterable[str], names: Collection[str]) -> dict[str, str]:
     """Map each wanted tensor name to a name of the checkpoint. Names that fit nowhere are left out.
 
-    Raises BadInput where two different shifts of prefix fit equally well.
+    Raises BadInput where two different shifts of prefix fit equally well, and for a name over ``PATH_LENGTH``.
     """
     wanted, known = list(wanted), set(names)
     resolved = {name: name for name in wanted if name in known}
     rest = [name for name in wanted if name not in known]
+    for name in rest:
+        check_length(name)
     ends: dict[str, list[str]] = {}
     for candidate in known if rest else ():
         ends.setdefault(_end(candidate), []).append(candidate)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loreg.adapters import renames
 from loreg.adapters.draft import RawTensor
 from loreg.adapters.peft import CONFIG, WEIGHTS, attention, tokens
 from loreg.adapters.peft.contents import PREFIX
@@ -56,16 +57,20 @@ class _Adapter:
         """Layers of an embedding that the model ties to a head, and both were changed → the head's path."""
         heads = {tie.to: head for head, tie in self.manifest.ties.items() if not tie.untied}
         found = {path: heads.get(self.manifest.modules[path].tensor) for path in self.layers}
-        return {path: head.removesuffix(".weight") for path, head in found.items() if head is not None}
+        return {path: _head_beside(path, head) for path, head in found.items() if head is not None}
 
 
-def peft_files(manifest: AdapterManifest, read: Read) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
+def peft_files(
+    manifest: AdapterManifest, read: Read, stored: Collection[str] = ()
+) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
     """The files of a PEFT directory: each name with the pieces of its content.
 
-    Raises Unsupported for what a PEFT config cannot say.
+    ``stored``: the names of the base's tensors, where they are known. PEFT loads a module of ``modules_to_save`` only
+    with all of its parameters: one of which the version has the weight and not the bias is written as its parameter
+    in the model, in whose place PEFT loads it. Raises Unsupported for what a PEFT config cannot say.
     """
     adapter = _adapter(manifest, read)
-    config = _config(adapter)
+    config = _config(adapter, stored)
     tensors = {f"{PREFIX}{name}": raw for name, raw in _tensors(adapter, read)}
     yield CONFIG, iter([(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
     yield WEIGHTS, _safetensors(tensors)
@@ -166,12 +171,12 @@ def _tensors(adapter: _Adapter, read: Read) -> Iterator[tuple[str, RawTensor]]:
         yield f"{adapter.inner(full.module)}.{_parameter(name)}", read(f"full:{name}")
 
 
-def _config(adapter: _Adapter) -> dict[str, Any]:
+def _config(adapter: _Adapter, stored: Collection[str]) -> dict[str, Any]:
     manifest, targets = adapter.manifest, adapter.targets
     named = {**targets, **{head: adapter.layers[path] for path, head in adapter.tied.items()}}
     rank = Counter(layer.rank for layer in targets.values()).most_common(1)[0][0] if targets else 1
     alpha = Counter(layer.alpha for layer in targets.values()).most_common(1)[0][0] if targets else 1.0
-    bias, saved = _replaced(adapter)
+    bias, saved = _replaced(adapter, stored)
     return {
         "peft_type": "LORA",
         # A task would have PEFT wrap modules called "classifier" and "score" besides those named below.
@@ -198,7 +203,7 @@ def _config(adapter: _Adapter) -> dict[str, Any]:
     }
 
 
-def _replaced(adapter: _Adapter) -> tuple[str, list[str]]:
+def _replaced(adapter: _Adapter, stored: Collection[str]) -> tuple[str, list[str]]:
     """What PEFT's ``bias`` and ``modules_to_save`` have to be for the replaced tensors.
 
     A bias alone is one that was trained in its place. A weight that is tied, and stays so, is the base's own in both
@@ -211,13 +216,27 @@ def _replaced(adapter: _Adapter) -> tuple[str, list[str]]:
         if name not in tied:
             parameters.setdefault(full.module, set()).add(_parameter(name))
     biases = {module for module, found in parameters.items() if found == {"bias"}}
-    whole = set(parameters) - biases - set(adapter.manifest.modules)
+    lacking = {full.module for name, full in adapter.manifest.full.items() if _bias_of(name) in stored}
+    lacking = {module for module in lacking if "bias" not in parameters.get(module, ())}
+    whole = set(parameters) - biases - lacking - set(adapter.manifest.modules)
     bias = "none" if not biases else "lora_only" if biases <= set(adapter.manifest.modules) else "all"
     return bias, sorted(whole)
 
 
+def _head_beside(embedding: str, head: str) -> str:
+    """The path of a head, a tensor of the checkpoint, in the model whose embedding is called so: what has a "model"
+    has its head beside that, also where its checkpoint has it inside."""
+    path = head.removesuffix(".weight")
+    return path.rpartition(".")[2] if embedding.startswith("model.") else path
+
+
+def _bias_of(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else ""
+
+
 def _parameter(name: str) -> str:
-    return name.rpartition(".")[2]
+    """What a tensor of the checkpoint is called in its module."""
+    return renames.in_memory(name, {}).rpartition(".")[2]
 
 
 def _number(value: float) -> float | int:

@@ -9,14 +9,33 @@ under the first name that is not found.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 
 from loreg.adapters import names
 from loreg.errors import BadInput
-from loreg.layers import Config, parts
+from loreg.layers import Config
 
-Rule = tuple[re.Pattern[str], str]
+Rule = tuple[re.Pattern[str], str, re.Pattern[str] | None]
+"""A pattern, what is put in its place, and names that the rule is not for."""
+
+# Models inside others whose rules with ^ are for the beginning of their own names: the field of the config that holds
+# theirs, and what they are called. Others are where the rules of the whole have them.
+_PLACES = {
+    "vlm_config": ("vlm",),
+    "codec_config": ("codec_model",),
+    "backbone_config": ("backbone.conv_encoder.model", "backbone", "pixel_level_module.encoder"),
+}
+# What a model inside another has no part of, by the field of the config that holds it: ViT's rules are not BERT's.
+_BESIDE = {
+    "vision_config": re.compile(r"(?:^|\.)(?:text_model|language_model)\."),
+    "backbone_config": re.compile(r"(?:^|\.)(?:text_backbone|language_model)\."),
+    "encoder": re.compile(r"^decoder\."),
+    "decoder": re.compile(r"^encoder\."),
+}
+# A class that is a model without a head, and not in another: nothing that it holds is in a "model" or in a tower.
+_HEADLESS = re.compile(r"(?!\w*(LMHead|DoubleHeads))\w+Model")
 
 # From the words of a checkpoint to those of memory, one after the other, each at its first place. Words are whole
 # parts of a name: # is a number, and the same one on the right; ^ the beginning of the name, + any place but that,
@@ -101,7 +120,59 @@ _MIMI += "^decoder.layers > decoder.decoder.layers; ^decoder.decoder.layers > de
 _MIMI += "^encoder_transformer > encoder.encoder_transformer; ^downsample > encoder.downsample; "
 _MIMI += "^decoder_transformer > decoder.decoder_transformer; ^upsample > decoder.upsample"
 
+_PI0 = "^model.paligemma_with_expert > paligemma_with_expert; paligemma_with_expert.paligemma.model > model.vlm; "
+_PI0 += "paligemma_with_expert.gemma_expert.model > model.dit; "
+_PI0 += "paligemma_with_expert.gemma_expert.lm_head > model.dit.embed_tokens; "
+_PI0 += "paligemma_with_expert.paligemma.lm_head > model.vlm.language_model.embed_tokens; "
+_PI0 += "; ".join(
+    f"embed_action_time! {name} > embed_action_time.{name}"
+    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out")
+)
+
+_COHERE = (
+    "encoder.pre_encode.conv > encoder.subsampling.layers; encoder.pre_encode.out > encoder.subsampling.linear; "
+)
+_COHERE += "transf_decoder._embedding.position_embedding.pos_enc > decoder.pos_emb.weight; "
+_COHERE += "transf_decoder._embedding.token_embedding > decoder.embed_tokens; "
+_COHERE += "transf_decoder._embedding.layer_norm > decoder.embedding_layernorm; "
+_COHERE += (
+    "transf_decoder._decoder.final_layer_norm > decoder.norm; transf_decoder._decoder.layers > decoder.layers; "
+)
+_COHERE += "encoder_decoder_proj > decoder.proj; "
+_COHERE += "; ".join(
+    f"{old}.{name} > {new}.{called}"
+    for old, new, words in (
+        ("self_attn", "self_attn", "linear_q:q_proj linear_k:k_proj linear_v:v_proj linear_out:o_proj"),
+        ("self_attn", "self_attn", "linear_pos:relative_k_proj pos_bias_u:bias_u pos_bias_v:bias_v"),
+        ("first_sub_layer", "self_attn", "query_net:q_proj key_net:k_proj value_net:v_proj out_projection:o_proj"),
+        (
+            "second_sub_layer",
+            "encoder_attn",
+            "query_net:q_proj key_net:k_proj value_net:v_proj out_projection:o_proj",
+        ),
+    )
+    for name, called in (word.split(":") for word in words.split())
+)
+_COHERE += "; third_sub_layer.dense_in > mlp.fc1; third_sub_layer.dense_out > mlp.fc2; "
+_COHERE += "layer_norm_1 > input_layernorm; layer_norm_2 > post_attention_layernorm; "
+_COHERE += "layer_norm_3 > final_layernorm; conv.batch_norm > conv.norm; log_softmax.mlp.layer0 > proj_out"
+
+# What is joined in their checkpoints, q_proj to v_proj and for some the gate, is found under no name of memory.
+_BERT = "encoder.layers > layers; emb_ln > embeddings.LayerNorm; norm1 > post_attention_layernorm; "
+_BERT += "norm2 > post_mlp_layernorm"
+_GTE = "encoder.layer > layers; attention.o_proj > self_attn.o_proj; attn_ln > post_attention_layernorm; "
+_GTE += "mlp_ln > post_mlp_layernorm; lm_head.norm > lm_head.layer_norm; ^new >"
+
 _TABLE: tuple[tuple[str, str], ...] = (
+    ("pi0", _PI0),
+    (
+        "shieldgemma2",
+        "^model !model,lm_head > model.model; ^model.model.language_model.model > model.model.language_model",
+    ),
+    ("cohere_asr", _COHERE),
+    ("nomic_bert", f"{_BERT}; attn.out_proj > self_attn.o_proj; fc11 > up_proj; fc12 > gate_proj; fc2 > down_proj"),
+    ("jina_embeddings_v3", f"{_BERT}; mixer.out_proj > self_attn.o_proj"),
+    ("gte", _GTE),
     ("vit deit ijepa vit_mae vit_msn vivit audio-spectrogram-transformer", _VIT),
     ("beit", _BEIT),
     ("pixio", f"{_VIT}; norm1 > layernorm_before; norm2 > layernorm_after; ^encoder > pixio"),
@@ -111,6 +182,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("videomae", "attention.attention.q_bias > attention.attention.query.bias"),
     ("videomae", "attention.attention.v_bias > attention.attention.value.bias"),
     ("swin", f"{_SELF}; {_DENSE}"),
+    ("swin_backbone", "^embeddings > swin.embeddings; ^encoder > swin.encoder"),
+    ("beit_backbone", "^embeddings > beit.embeddings; ^layers > beit.layers"),
     (
         "swin",
         "attention.self.relative_position_bias_table > attention.relative_position_bias.relative_position_bias_table",
@@ -137,6 +210,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "xclip_text_model",
         "+text_model >",
     ),
+    ("t5gemma2", "encoder.embed_tokens > encoder.text_model.embed_tokens; encoder.norm > encoder.text_model.norm"),
+    ("t5gemma2", "vision_tower! encoder.layers > encoder.text_model.layers"),
     ("llava aria paligemma aya_vision got_ocr2 gemma3 internvl vipllava mistral3 pp_chart2table", _LLAVA),
     ("llava_next llava_next_video llava_onevision", _LLAVA),
     ("video_llava", _inside("language_model", "image_tower", "video_tower", "multi_modal_projector")),
@@ -194,6 +269,14 @@ def in_memory(name: str, config: Config) -> str:
     return _renamed(name, _rules_of(config))
 
 
+def all_in_memory(names: Iterable[str], config: Config) -> dict[str, str]:
+    """``in_memory`` of all tensors of a checkpoint: of two that would be called alike, each keeps its own name."""
+    rules = _rules_of(config)
+    live = {name: _renamed(name, rules) for name in names}
+    count = Counter(live.values())
+    return {name: called if count[called] == 1 else name for name, called in live.items()}
+
+
 class Known:
     """The tensors of a checkpoint, by the names that they have in it and in memory."""
 
@@ -212,6 +295,7 @@ class Known:
         found: dict[str, str] = {}
         rest = []
         for name in wanted:
+            names.check_length(name)
             fits = {name} if name in self._tensors else set()
             fits.update(self.memory.get(name, ()))
             fits.update(() if fits else self.memory.get(_renamed(name, self._rules), ()))
@@ -249,31 +333,65 @@ def _ambiguous(name: str, fits: Iterable[str]) -> BadInput:
 
 
 def _renamed(name: str, rules: Iterable[Rule]) -> str:
-    for pattern, replacement in rules:
-        name = pattern.sub(replacement, name, count=1)
+    for pattern, replacement, beside in rules:
+        if beside is None or not beside.search(name):
+            name = pattern.sub(replacement, name, count=1)
     return name
 
 
 def _rules_of(config: Config) -> tuple[Rule, ...]:
-    kinds = {str(part.get("model_type")) for part in parts(config)}
-    own = (rules for types, rules in _TABLE if not kinds.isdisjoint(types.split()))
-    return tuple(rule for rules in (*own, _OLD) for rule in _compiled(rules))
+    return tuple(rule for text, field in _texts_of(config) for rule in _compiled(text, field))
+
+
+def _texts_of(config: Config) -> Iterator[tuple[str, str]]:
+    """The rules of a model and of all inside it, each with the field of the config that its model is in."""
+    inside = list(_placed(config))
+    for types, text in _TABLE:
+        kinds = types.split()
+        fields = {field for field, own in inside if not own.isdisjoint(kinds)}
+        for field in [""] if "" in fields else sorted(fields):
+            yield text, field
+    yield _OLD, ""
+    if any(field == "vlm_config" for field, _ in inside):
+        yield "^model >", "vlm_config"
+    classes = [str(kind) for kind in config.get("architectures") or ()]
+    if classes and all(_HEADLESS.fullmatch(kind) for kind in classes):
+        own = str(config.get("model_type"))
+        for rule in (rule.strip() for types, text in _TABLE if own in types.split() for rule in text.split(";")):
+            if rule.startswith("^") and "> model." in rule:
+                yield "^model >", ""
+            elif rule.startswith("+"):
+                yield f"^{rule[1:]}", ""
+
+
+def _placed(config: Config, field: str = "") -> Iterator[tuple[str, set[str]]]:
+    """The model and those inside it: where they are, if that is known of the field of their config, and their
+    ``model_type``, as a backbone too if they are one."""
+    kind = str(config.get("model_type"))
+    yield field, {kind, f"{kind}_backbone"} if field == "backbone_config" else {kind}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _placed(value, key if key in _PLACES or key in _BESIDE else "")
 
 
 @cache
-def _compiled(rules: str) -> tuple[Rule, ...]:
-    return tuple(_rule(rule) for rule in rules.split(";"))
+def _compiled(rules: str, field: str) -> tuple[Rule, ...]:
+    return tuple(_rule(rule, field) for rule in rules.split(";"))
 
 
-def _rule(rule: str) -> Rule:
+def _rule(rule: str, field: str) -> Rule:
     old, _, new = (side.strip() for side in rule.partition(">"))
     before, old = old.rsplit("! ", 1) if "! " in old else ("", old)
     old, _, after = old.partition(" !")
-    pattern = {"^": "^", "+": r"(?<=\.)"}.get(old[0], r"(?<![^.])") + re.escape(old.lstrip("^+"))
-    pattern = pattern.replace(r"\#", r"(\d+)")
+    start, at = "^", _PLACES.get(field, ())
+    if at:
+        start = rf"^(?P<place>(?:.+\.)?(?:{'|'.join(map(re.escape, at))})\.)"
+    pattern = {"^": start, "+": r"(?<=\.)"}.get(old[0], r"(?<![^.])") + re.escape(old.lstrip("^+"))
+    pattern = pattern.replace(r"\#", r"(?P<number>\d+)")
     if before:
         pattern = rf"(?<!{re.escape(before)}\.)" + pattern
     if after:
         pattern += rf"(?!\.(?:{after.replace(',', '|')})(?![^.]))"
     pattern += r"(?![^.])" if new else r"\."
-    return re.compile(pattern), new.replace("#", r"\1")
+    kept = r"\g<place>" if at and old[0] == "^" else ""
+    return re.compile(pattern), kept + new.replace("#", r"\g<number>"), _BESIDE.get(field)

@@ -1,62 +1,71 @@
-"""Head and embedding of a decoder: where a model ties them, what an adapter does to one of them, and to both [M10].
+"""Weights that a model has in common: what an adapter does to one of them, and to both [M10].
 
+Mostly these are the head and the embedding of a decoder; the biases of a head, too, and embeddings of an encoder.
 A trainer adapts the layer that it was told to, and leaves the other as it was: the two are then no more one weight.
 But some edits are of both: rows of tokens that PEFT trains in both places, a weight that was resized before training.
-While all edits are of both, the model stays tied; else it is untied, and each of the two gets what is its own.
+While all edits are of both, the model stays tied; else it is untied, and each gets what is its own. A config unties
+all or nothing: where one pair is untied, so are the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from loreg.adapters import ties
 from loreg.adapters.bound import BoundFull, BoundModule
 from loreg.adapters.draft import DraftTerm
+from loreg.adapters.ties import Pair
 from loreg.errors import BadInput, Unsupported
 from loreg.format.fingerprint import BaseTensor
 from loreg.format.manifest import Tie
 from loreg.format.module import OUT_IN
+from loreg.layers import Config
 
-Pair = tuple[str, str]
-"""(head, embedding), as tensors of the checkpoint."""
+_HOLDER = re.compile(r"(.+\.)?shared\.weight")
 
 
 class Replaced(NamedTuple):
-    """``full`` with every tensor once; ``shared``: that of the embedding is for the head too; ``copies``: as in
-    ``Binding``."""
+    """``full`` with every tensor once; ``shared``: names whose replacement is that of the one they are tied to;
+    ``copies``: as in ``Binding``."""
 
     full: dict[str, BoundFull]
-    shared: bool
+    shared: frozenset[str]
     copies: dict[str, str]
 
 
-def replaced(pair: Pair | None, full: Mapping[str, BoundFull], together: Collection[str]) -> Replaced:
-    """Which of the two replaced tensors are one. ``together``: keys of those that are of both."""
+def replaced(pairs: Sequence[Pair], full: Mapping[str, BoundFull], together: Collection[str]) -> Replaced:
+    """Which of the replaced tensors are one. ``together``: keys of those that are of both of a pair."""
     found = dict(full)
-    if pair is None:
-        return Replaced(found, False, {})
-    head, embedding = pair
-    one, other = found.get(head), found.get(embedding)
-    if one is not None and other is not None and one.tensor.same_as(other.tensor):
-        del found[head]
-        return Replaced(found, True, {one.tensor.key: embedding})
-    if one is not None and other is None and one.tensor.key in together:
-        del found[head]
-        return Replaced({**found, embedding: one}, True, {})
-    return Replaced(found, other is not None and other.tensor.key in together, {})
+    shared, copies = set(), {}
+    for name, to in pairs:
+        one, other = found.get(name), found.get(to)
+        if one is not None and other is not None and one.tensor.same_as(other.tensor):
+            del found[name]
+            shared.add(name)
+            copies[one.tensor.key] = to
+        elif one is not None and other is None and one.tensor.key in together:
+            del found[name]
+            found[to] = one
+            shared.add(name)
+        elif other is not None and other.tensor.key in together:
+            shared.add(name)
+    return Replaced(found, frozenset(shared), copies)
 
 
-def shapes(pair: Pair | None, replaced: Replaced) -> dict[str, tuple[int, ...]]:
+def shapes(pairs: Sequence[Pair], replaced: Replaced) -> dict[str, tuple[int, ...]]:
     """Name of a tensor → the shape that it has once the adapter has replaced it."""
     found = {name: full.tensor.shape for name, full in replaced.full.items()}
-    if pair is not None and replaced.shared:
-        found.setdefault(pair[0], found[pair[1]])
+    for name, to in pairs:
+        if name in replaced.shared:
+            found.setdefault(name, found[to])
     return found
 
 
 class Settled(NamedTuple):
-    """What is done to each of the two, and whether they are still one."""
+    """What is done to each of a pair, and whether they are still one."""
 
     modules: dict[str, BoundModule]
     full: dict[str, BoundFull]
@@ -64,29 +73,97 @@ class Settled(NamedTuple):
 
 
 def settled(
-    pair: Pair | None, modules: Mapping[str, BoundModule], replaced: Replaced, known: Mapping[str, BaseTensor]
+    pairs: Sequence[Pair], modules: Mapping[str, BoundModule], replaced: Replaced, known: Mapping[str, BaseTensor]
 ) -> Settled:
-    """The edits with those of both written out where the two part. Raises Unsupported where they cannot be."""
+    """The edits with those of both written out where two part. Raises Unsupported where they cannot be."""
     found, full = dict(modules), dict(replaced.full)
-    if pair is None:
-        return Settled(found, full, {})
-    head, embedding = pair
-    at = {bound.tensor: path for path, bound in found.items() if bound.tensor in pair}
-    if len(at) == 2 and _is_repeated(found, at[head], at[embedding]):
-        del found[at.pop(head)]
-    if not at and not {*pair} & {*full}:
-        return Settled(found, full, {})
-    # Only the embedding's edit can be of both: a trainer that changes the head alone has not touched the embedding.
-    both = replaced.shared or embedding not in full
-    both = both and (embedding not in at or found[at[embedding]].draft.together)
-    if both and head not in full and head not in at:
-        return Settled(found, full, {head: Tie(embedding, untied=False)})
-    if replaced.shared and head not in full and _changes(full[embedding], known[embedding]):
-        full[head] = replace(full[embedding], module=_module_of(head))
-    if embedding in at and found[at[embedding]].draft.together:
-        path = at.get(head, _module_of(head))
-        found[path] = _with(replace(found[at[embedding]], tensor=head), found.get(path))
-    return Settled(found, full, {head: Tie(embedding, untied=True)})
+    tied: dict[str, Tie] = {}
+    for pair in pairs:
+        at = _at(pair, found)
+        if len(at) == 2 and _is_repeated(found, at[pair[0]], at[pair[1]]):
+            del found[at[pair[0]]]
+        edited = (
+            {bound.tensor for bound in found.values()} | {bound.bias_tensor for bound in found.values()} | {*full}
+        )
+        if not edited.isdisjoint(pair):
+            _check_uses(pair, pairs, found, full, known)
+            tied[pair[0]] = Tie(pair[1], untied=not _is_of_both(pair, found, full, replaced, known))
+    if any(tie.untied for tie in tied.values()):
+        for pair in pairs:
+            tied[pair[0]] = Tie(pair[1], untied=True)
+            _part(pair, found, full, replaced, known)
+    return Settled(found, full, tied)
+
+
+def _at(pair: Pair, modules: Mapping[str, BoundModule]) -> dict[str, str]:
+    """Each of the two that is the weight of an adapted module → the path of that."""
+    return {bound.tensor: path for path, bound in modules.items() if bound.tensor in pair}
+
+
+def _is_of_both(
+    pair: Pair,
+    modules: Mapping[str, BoundModule],
+    full: Mapping[str, BoundFull],
+    replaced: Replaced,
+    known: Mapping[str, BaseTensor],
+) -> bool:
+    """Only an edit of the second can be of both: a trainer that changes the first alone has not touched the other."""
+    at = _at(pair, modules)
+    if pair[0] in full or pair[0] in at or any(bound.bias_tensor in pair for bound in modules.values()):
+        return False
+    if known[pair[0]].content != known[pair[1]].content:
+        return False
+    return (pair[0] in replaced.shared or pair[1] not in full) and (
+        pair[1] not in at or modules[at[pair[1]]].draft.together
+    )
+
+
+def _part(
+    pair: Pair,
+    modules: dict[str, BoundModule],
+    full: dict[str, BoundFull],
+    replaced: Replaced,
+    known: Mapping[str, BaseTensor],
+) -> None:
+    """Write what is done to the second of a pair, and is of both, for the first as well."""
+    name, to = pair
+    at = _at(pair, modules)
+    if name in replaced.shared and name not in full and _changes(full[to], known[to]):
+        full[name] = replace(full[to], module=_module_of(name))
+    if to in at and modules[at[to]].draft.together:
+        path = at.get(name, _module_of(name))
+        modules[path] = _with(replace(modules[at[to]], tensor=name), modules.get(path))
+
+
+def _check_uses(
+    pair: Pair,
+    pairs: Sequence[Pair],
+    modules: Mapping[str, BoundModule],
+    full: Mapping[str, BoundFull],
+    known: Mapping[str, BaseTensor],
+) -> None:
+    """Raises Unsupported for a weight that is used in three places or more, and for one that is used by its other
+    names alone: what is called ``shared`` only holds it, and what is trained there is idle."""
+    others = [name for name, to in pairs if to == pair[1]]
+    changed = pair[1] in full and _changes(full[pair[1]], known[pair[1]])
+    if (len(others) > 1 or _HOLDER.fullmatch(pair[1])) and (changed or _at((pair[1], pair[1]), modules)):
+        raise Unsupported(
+            f"{pair[1]!r} is changed, and the model uses it as {', '.join(map(repr, others))} as well: which of them "
+            "were trained with it cannot be told; adapt one of those instead, or untie the base before training."
+        )
+
+
+def check_heads(
+    config: Config, pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, BaseTensor]
+) -> None:
+    """Raises Unsupported for an embedding of another size, where its head may have more than a weight."""
+    for name, to in pairs if ties.is_known(config) else ():
+        if shapes.get(to, known[to].shape) != known[to].shape or shapes.get(name, known[to].shape) != known[to].shape:
+            raise Unsupported(
+                f"The adapter resizes {to!r} or {name!r}, which are one weight in this model, of shape "
+                f"{list(known[to].shape)}: what else of the model has as many rows, such as the bias of its head, "
+                "would not follow; resize the base, save it, and train on that."
+            )
 
 
 def check_sizes(pair: Pair | None, settled: Settled, known: Mapping[str, BaseTensor]) -> None:

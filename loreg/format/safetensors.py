@@ -19,6 +19,8 @@ from loreg.format import canonical_json
 
 MAX_HEADER_BYTES = 100_000_000  # the reference library's own limit
 MAX_DIMENSIONS = 64
+MAX_NAME = 4096  # characters; the longest of a model on the Hub has a hundred or two
+_SHOWN = 200
 
 # Width of one element in bits, for every dtype of the container's specification.
 BITS: Mapping[str, int] = {
@@ -165,11 +167,12 @@ def _tensor(name: str, entry: object, what: str) -> TensorInfo:
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a tensor name that is empty, or could be taken for a path or a terminal escape [S3]."""
-    if not name or _BAD_NAME.search(name):
+    """Refuse a tensor name that is empty, endless, or could be taken for a path or a terminal escape [S3]."""
+    if not name or len(name) > MAX_NAME or _BAD_NAME.search(name):
+        shown = repr(name) if len(name) <= _SHOWN else f"{name[:_SHOWN]!r}… ({len(name):,} characters)"
         raise BadInput(
-            f"{what} has a tensor named {name!r}: a name is not empty, holds no control character or "
-            "backslash, and is no absolute or relative path."
+            f"{what} has a tensor named {shown}: a name is not empty, has at most {MAX_NAME:,} characters, holds no "
+            "control character or backslash, and is no absolute or relative path."
         )
 
 

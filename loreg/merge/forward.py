@@ -8,8 +8,7 @@ floor. A merge passes if it differs from the unmerged model by at most twice as 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +19,16 @@ from loreg.adapters import names, renames
 from loreg.algebra.delta import LowRank
 from loreg.algebra.densify import dense_delta
 from loreg.algebra.edits import WeightedSum
-from loreg.errors import NotFound, Unsupported
+from loreg.errors import Unsupported
 from loreg.merge.inputs import CPU
 from loreg.merge.layout import Action
+from loreg.merge.samples import Runnable, failing
 
 if TYPE_CHECKING:
+    from loreg.merge.plan import MergePlan
     from loreg.merge.verify import Check, Subject
 
-PROMPTS = (
-    "The capital of France is",
-    "Write a SQL query that counts the users of each country.",
-    "Tell me a joke about a cat.",
-    "def fibonacci(n):",
-)
 _HOOKED = ("linear", "conv1d", "embedding")
-_RANDOM_INPUTS = (4, 32)
 _ALLOWED = 2.0  # times the noise floor
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
@@ -61,89 +55,69 @@ class Difference:
         return f"max |Δ| {self.largest:.3g}, KL {self.divergence:.2g}, top-1 equal {self.agreement:.1%}"
 
 
+def check_plan(plan: MergePlan) -> None:
+    """Raises, before anything is merged, what ``compare_outputs`` would raise for the plan's base: NotFound without
+    transformers, Unsupported for a model that is not run. Reads no weights."""
+    _check_tied(plan.unties)
+    if plan.resized:
+        raise Unsupported(
+            "The merge changes the number of rows of the embedding, which the live model keeps: verify with probe or "
+            "exact."
+        )
+    _floating((tensor.info.dtype, tensor.info.nbytes) for tensor in plan.outputs)
+    Runnable.of(plan.base.root)
+
+
 def compare_outputs(subject: Subject) -> Iterable[Check]:
-    """Run the three models. Raises NotFound without transformers, Unsupported for a model it does not load."""
+    """Run the three models. Raises NotFound without transformers, Unsupported for a model that it does not run; one
+    that no longer runs once it is merged is a check that failed."""
     from loreg.merge.verify import Check
 
-    inputs = _inputs(subject.base.root, subject.base.config())
-    merged = _run(subject.merged.root, inputs, None, lambda model: None)
-    dtype = _floating(subject)
-    unmerged = _run(subject.base.root, inputs, dtype, lambda model: _adapt(model, subject))
-    wider = _run(subject.base.root, inputs, _WIDER[dtype], lambda model: _adapt(model, subject))
+    _check_tied(bool(subject.layout.untied))
+    dtype = _floating((tensor.dtype, tensor.nbytes) for tensor in subject.record.tensors)
+    runnable = Runnable.of(subject.base.root)
+    unmerged = _run(runnable, subject.base.root, dtype, lambda model: _adapt(model, subject))
+    wider = _run(runnable, subject.base.root, _WIDER[dtype], lambda model: _adapt(model, subject))
+    try:
+        merged = _run(runnable, subject.merged.root, None, lambda model: None)
+    except Unsupported as error:
+        return [Check("forward", False, f"the unmerged model runs, and the merged does not: {error}")]
     noise, difference = Difference.between(unmerged, wider), Difference.between(unmerged, merged)
     ok = difference.largest <= _ALLOWED * noise.largest
     detail = f"merged against unmerged: {difference}; noise floor of {dtype}: {noise}"
     return [Check("forward", ok, detail)]
 
 
-def _floating(subject: Subject) -> torch.dtype:
+def _check_tied(unties: bool) -> None:
+    if unties:
+        raise Unsupported(
+            "The merge unties the embedding, which the live model has as one: verify with probe or exact."
+        )
+
+
+def _floating(sizes: Iterable[tuple[str, int]]) -> torch.dtype:
+    """The dtype of most bytes, of (dtype, bytes) of tensors."""
     from loreg.tensors import TORCH
 
     counts: dict[str, int] = {}
-    for tensor in subject.record.tensors:
-        if TORCH.get(tensor.dtype) in _WIDER:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.nbytes
+    for dtype, nbytes in sizes:
+        if TORCH.get(dtype) in _WIDER:
+            counts[dtype] = counts.get(dtype, 0) + nbytes
     if not counts:
         raise Unsupported("The model has no tensors of bfloat16, float16 or float32, so it cannot be run forward.")
     return TORCH[max(counts, key=lambda name: counts[name])]
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise NotFound("--verify forward needs transformers: pip install 'loreg[peft]'.") from error
-    return transformers
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars and no chatter of transformers on a terminal that shows ours; as it was afterwards."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _inputs(root: Path, config: dict[str, Any]) -> list[torch.Tensor]:
-    """Token ids (1, n): of prompts if the model has a tokenizer, else fixed random ones."""
-    transformers = _transformers()
-    if (root / "tokenizer.json").is_file() or (root / "tokenizer_config.json").is_file():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(root)
-        return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
-    generator = torch.Generator().manual_seed(0)
-    count, length = _RANDOM_INPUTS
-    ids = torch.randint(0, int(config.get("vocab_size", 2)), (count, 1, length), generator=generator)
-    return list(ids)
-
-
-@torch.no_grad()
 def _run(
-    root: Path, inputs: list[torch.Tensor], dtype: torch.dtype | None, adapt: Callable[[Any], None]
+    runnable: Runnable, root: Path, dtype: torch.dtype | None, adapt: Callable[[Any], None]
 ) -> list[torch.Tensor]:
-    """Logits (or last hidden states) in float64, one tensor (1, n, …) per input."""
-    transformers = _transformers()
-    config = transformers.AutoConfig.from_pretrained(root)
-    kind = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-    if kind is None:
-        raise Unsupported(f"{root}: config.json names no architecture that transformers knows, so it cannot be run.")
-    with _quiet(transformers):
-        model = kind.from_pretrained(root, dtype=dtype or "auto").eval()
-    adapt(model)
-    results = []
-    for ids in inputs:
-        extra = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-        output = model(input_ids=ids, **extra)
-        results.append((output.logits if "logits" in output else output[0]).double())
+    model = runnable.load(root, dtype)
+    with failing(f"The adapters cannot be put into a live {type(model).__name__}"):
+        adapt(model)
+    outputs = runnable.outputs(model)
     del model
     gc.collect()
-    return results
+    return outputs
 
 
 def _adapt(model: Any, subject: Subject) -> None:
@@ -151,10 +125,6 @@ def _adapt(model: Any, subject: Subject) -> None:
 
     What is no low-rank delta is added to the weight in the model's dtype.
     """
-    if subject.layout.untied:
-        raise Unsupported(
-            "The merge unties the embedding, which the live model has as one: verify with probe or exact."
-        )
     outputs = {name: tensor for name, tensor in subject.outputs.items() if tensor.action is not Action.COPY}
     config = subject.base.config()
     live = {name: renames.in_memory(name, config) for name in outputs}

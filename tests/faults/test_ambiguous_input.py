@@ -60,7 +60,7 @@ def test_an_expression_that_python_would_never_end_is_matched(
     assert pushed.push(folder, base="base", name="new").created
 
 
-@pytest.mark.parametrize("pattern", [r"(a|b)\1", "(?i)q_proj", "(a*)++", "x" * 5000])
+@pytest.mark.parametrize("pattern", [r"(a|b)\1", "(a*)++", "x" * 5000])
 def test_an_expression_that_is_not_matched_is_refused(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
     folder = tiny.write_adapter(tmp_path / "new", tiny.adapter(), alpha_pattern={pattern: 3})
     with refused(pushed, tmp_path / "out", Unsupported, "alpha_pattern", 5):

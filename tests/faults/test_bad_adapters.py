@@ -162,7 +162,7 @@ def test_a_pickled_tensor_that_is_not_all_there_is_refused(
         pushed.push(folder, base="base")
 
 
-@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 600, "(?i:v_proj)", r"(v_proj)\1", "v" * 5000])
+@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 600, r"(v_proj)\1", "v" * 5000])
 def test_a_pattern_that_is_not_matched_is_refused(pushed: loreg.Registry, tmp_path: Path, pattern: str) -> None:
     folder = tiny.write_adapter(tmp_path / "slow", tiny.adapter(), alpha_pattern={pattern: 4})
     with pytest.raises(BadInput, match="alpha_pattern"):

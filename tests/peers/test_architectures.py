@@ -73,6 +73,25 @@ def _qwen2_5_vl() -> Any:
     )
 
 
+def _colpali() -> Any:
+    text = tf.GemmaConfig(**GEMMA, num_image_tokens=4).to_dict()
+    vision = tf.SiglipVisionConfig(**VISION, projection_dim=32, vision_use_head=False).to_dict()
+    sizes: dict[str, Any] = {"projection_dim": 32, "hidden_size": 32, "image_token_index": 63}
+    inner = tf.PaliGemmaConfig(text_config=text, vision_config=vision, **sizes)
+    return tf.ColPaliForRetrieval(tf.ColPaliConfig(vlm_config=inner, text_config=None, embedding_dim=16))
+
+
+def _mask2former() -> Any:
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "window_size": 4}
+    stages = {"depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2]}
+    backbone = tf.SwinConfig(**sizes, **stages, out_features=["stage1", "stage2", "stage3", "stage4"])
+    hidden: dict[str, Any] = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32)
+    hidden |= {"encoder_feedforward_dim": 24, "dim_feedforward": 24, "encoder_layers": 1, "decoder_layers": 2}
+    return tf.Mask2FormerForUniversalSegmentation(
+        tf.Mask2FormerConfig(backbone_config=backbone, **hidden, num_attention_heads=2, num_queries=5)
+    )
+
+
 def _swin() -> Any:
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4}
     return tf.SwinForImageClassification(tf.SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 2]))
@@ -233,6 +252,41 @@ def test_models_of_several(kind: str, how: str, tmp_path: Path) -> None:
         found = _logits(trained.kind.from_pretrained(tmp_path / "merged"))
         torch.testing.assert_close(found, trained.logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(_logits(trained.kind.from_pretrained(tmp_path / "base")), found, atol=0.01)
+
+
+# As vidore/colpali has it: the projections of the language model, and the layer that is ColPali's own.
+COLPALI = (
+    r"(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(embedding_proj_layer).*$)"
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"), [(_colpali, COLPALI), (_mask2former, ["q_proj", "fc1", "o_proj"])], ids=["colpali", "swin"]
+)
+def test_models_within_models(make: Callable[[], Any], targets: Any, tmp_path: Path) -> None:
+    trained = _trained(make, LoraConfig(r=3, lora_alpha=5, target_modules=targets), tmp_path)
+    _merged(tmp_path)
+    _check(trained, tmp_path)
+
+
+def test_a_tower_of_one_of_two_is_refused_by_a_weight_that_the_adapter_has(tmp_path: Path) -> None:
+    """Not by a bias, which it has none of."""
+    clip = tf.CLIPModel(tf.CLIPConfig(text_config={**TEXT, "num_key_value_heads": None}, vision_config=VISION))
+    _trained(lambda: clip.vision_model, LoraConfig(r=3, target_modules=["q_proj"]), tmp_path)
+    clip.save_pretrained(tmp_path / "base")
+    with pytest.raises(LoregError, match=r"q_proj\.weight' is not in the checkpoint, and no single prefix"):
+        _merged(tmp_path)
+
+
+def test_a_trained_bias_is_looked_for_beside_its_weight(tmp_path: Path) -> None:
+    _trained(SEEING["vit"], LoraConfig(r=3, target_modules=["q_proj"], bias="lora_only"), tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lost = "base_model.model.vit.layers.0.attention.q_proj.base_layer.bias"
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, path)
+    assert lost in tensors
+    with pytest.raises(LoregError, match=r"trained 'vit\.layers\.0\.attention\.q_proj\.bias' is not in the file"):
+        _merged(tmp_path)
 
 
 def test_vera_asks_a_renamed_base_for_its_shapes(tmp_path: Path) -> None:

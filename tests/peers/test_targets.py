@@ -20,6 +20,7 @@ from torch import nn
 
 from loreg import adapters
 from loreg.adapters.draft import DraftModule
+from loreg.adapters.peft import attention, patterns
 from loreg.adapters.peft.targets import Targets
 from loreg.errors import BadInput, Unsupported
 from loreg.registry import Registry
@@ -47,6 +48,8 @@ FIELDS: dict[str, list[Any]] = {
         r"model\.layers\.1\..*",
         r"(?:.*?(?:language|layers).*?(?:self_attn|mlp).*?(?:q_proj|k_proj|down_proj).*?)|(?:\bscore\.dense)",
         r"^(?!.*layers\.0).*q_proj$",
+        "(?i).*Q_PROJ",
+        "(?s:.*)q_proj",
         "q_proj",
         [],
     ],
@@ -106,6 +109,33 @@ def test_a_layer_by_any_release(path: str, layers: list[int], takes: bool) -> No
     assert _takes(Targets.of(config, Path("config")), path) == takes
 
 
+def test_a_path_is_matched_for_its_own_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"target_modules": ["q"], "layers_to_transform": list(range(3000)), "layers_pattern": ["h", "layers"]}
+    targets = Targets.of(config, Path("config"))
+    asked: list[str] = []
+    matches = patterns.fits
+    monkeypatch.setattr(patterns, "fits", lambda *given: asked.append(given[0]) or matches(*given))
+    assert _takes(targets, "model.layers.0017.mlp.4000.q") and not _takes(targets, "model.layers.3000.q")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("called", [None, "layers"])
+def test_a_number_without_end_is_no_layer(called: str | None) -> None:
+    config = {"target_modules": ["q"], "layers_to_transform": [9], "layers_pattern": called}
+    assert not _takes(Targets.of(config, Path("config")), f"layers.{'9' * 5000}.q")
+
+
+@pytest.mark.parametrize("version", ["9" * 5000 + ".1", "0." + "9" * 5000])
+def test_a_release_without_end_is_none(version: str) -> None:
+    modules = {"attn": DraftModule(()), f"attn{attention.WRAPPED}": DraftModule(())}
+    assert set(attention.joined(modules, {"peft_version": "0.21.2"})) == {"attn", "attn.out_proj"}
+    with pytest.raises(Unsupported, match=r"is of PEFT 0\.22"):
+        attention.joined(modules, {"peft_version": "0.22"})
+    with pytest.raises(BadInput, match="peft_version: expected a release such as") as caught:
+        attention.joined(modules, {"peft_version": version})
+    assert len(str(caught.value)) < 200
+
+
 def test_all_linear_is_no_embedding_and_no_head() -> None:
     targets = Targets.of({"target_modules": "All-Linear"}, Path("config"))
     assert _takes(targets, PATHS[0])
@@ -131,6 +161,8 @@ def test_where_peft_has_a_list_of_its_own_for_the_architecture(targets: str | No
         ({"layers_to_transform": "1"}, BadInput, "layers_to_transform: expected a whole number"),
         ({"layers_to_transform": [True]}, BadInput, "layers_to_transform: expected a whole number"),
         ({"layers_to_transform": [1], "layers_pattern": "h("}, BadInput, "layers_pattern"),
+        ({"layers_to_transform": [1], "layers_pattern": "(?i)h"}, BadInput, "layers_pattern: .*global flags not at"),
+        ({"target_modules": "(?a).*"}, Unsupported, "target_modules: .*flags other than i, m, s and x"),
     ],
 )
 def test_fields_of_other_types(config: dict[str, Any], error: type[BadInput], message: str) -> None:

@@ -393,6 +393,7 @@ def test_messages_stay_short() -> None:
         ('{"../a":ENTRY}', "no absolute or relative path"),
         ('{"/a":ENTRY}', "no absolute or relative path"),
         ('{"":ENTRY}', "not empty"),
+        (f'{{"{"a" * 4097}":ENTRY}}', r"a{200}'… .4,097 characters.: a name .* has at most 4,096 characters"),
     ],
 )
 def test_what_the_library_accepts_and_loreg_refuses(header: str, why: str) -> None:

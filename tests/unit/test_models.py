@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from loreg import layers
 from loreg.adapters import models
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 32, "n_positions": 32}
 WAV2VEC2 = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForPreTraining"], "vocab_size": 32}
+NEOMME: dict[str, Any] = {"model_type": "neomme", "architectures": ["NeoMMEForMaskedLM"], "vocab_size": 64}
 GEMMA3: dict[str, Any] = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
 OLD, NEW = "language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"
 
@@ -34,11 +36,29 @@ OLD, NEW = "language_model.model.embed_tokens.weight", "model.language_model.emb
         (GPT2, "model.0.shared.weight", True),
         (GPT2 | {"tie_word_embeddings": False}, "wte.weight", False),
         (GPT2 | {"architectures": ["Wav2Vec2ForCTC"]}, "lm_head.weight", False),
+        # Other vocabularies than that of the words; and segments, which are none.
+        (GPT2 | {"vocab_size": 9, "t2u_vocab_size": 32}, "t2u_model.lm_head.weight", True),
+        (GPT2 | {"vocab_size": 9, "type_vocab_size": 32}, "cls.seq_relationship.weight", False),
+        # Headless by their names.
+        (GPT2 | {"architectures": ["GPT2Model"]}, "wte.weight", False),
+        (GPT2 | {"architectures": ["Blip2Model"]}, "language_model.model.decoder.embed_tokens.weight", True),
+        # Of no vocabulary.
+        (NEOMME, "model.embed_tokens.embedding_projection.weight", True),
+        (NEOMME, "model.layers.0.mlp.up_proj.weight", False),
+        (NEOMME | {"tie_word_embeddings": False}, "unembedding_projection.weight", False),
         (GPT2 | {"architectures": ["DeformableDetrForObjectDetection"]}, "class_embed.weight", True),
     ],
 )
 def test_which_weights_may_be_words(config: dict[str, Any], name: str, expected: bool) -> None:
     assert models.shares(config, name, (32, 8), False) is expected
+
+
+def test_names_that_a_tied_weight_may_have() -> None:
+    for name in ("lm_head.weight", "model.decoder.embed_tokens.weight", "shared.weight"):
+        assert models.may_be_tied(GPT2, name)
+        assert not models.may_be_tied(GPT2 | {"tie_word_embeddings": False}, name)
+    assert not models.may_be_tied(GPT2, "model.layers.7.self_attn.q_proj.weight")
+    assert models.may_be_tied(NEOMME, "unembedding_projection.weight")
 
 
 def test_a_weight_of_another_size_is_no_words() -> None:
@@ -48,12 +68,12 @@ def test_a_weight_of_another_size_is_no_words() -> None:
 @pytest.mark.parametrize("leaf", ["c_attn", "c_proj", "c_fc", "q_attn"])
 def test_models_whose_layers_are_linear_under_the_names_of_conv1d(leaf: str) -> None:
     for kind in ("gpt_bigcode", "gpt_neo", "starcoder2"):
-        assert not models.may_store_in_out(leaf, {"model_type": kind})
+        assert not layers.may_store_in_out(leaf, {"model_type": kind})
     for config in ({}, {"model_type": "gpt2"}, {"model_type": "unheard_of"}, None):
-        assert models.may_store_in_out(leaf, config)
+        assert layers.may_store_in_out(leaf, config)
     both = {"model_type": "vision-encoder-decoder", "encoder": {"model_type": "starcoder2"}, "decoder": GPT2}
-    assert models.may_store_in_out(leaf, both)
-    assert not models.may_store_in_out("q_proj", {})
+    assert layers.may_store_in_out(leaf, both)
+    assert not layers.may_store_in_out("q_proj", {})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from loreg.errors import BadInput, Unsupported
 
 ATOMS = [
     *("a", "b", "1", ".", r"\.", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S"),
+    *("A", "B", "Ä", r"\ ", "[A-Z]", "[^A]", "ſ", "K", "[i-k]"),
     *("[ab]", "[^a]", "[a-b1.]", r"[^\d.]", "[^ab]"),
     *("^", "$", r"\b", r"\B", r"\A", r"\Z", "", "layers", "_", "ä"),
 ]  # fmt: skip
@@ -25,10 +26,13 @@ def _extended(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     behind = st.tuples(st.sampled_from(["(?<=", "(?<!"]), st.sampled_from(["a", r"\.", "[ab]", "ab|1a"])).map(
         lambda pair: f"{pair[0]}{pair[1]})"
     )
+    flagged = st.tuples(st.sampled_from(["i", "s", "m", "x", "is", "-i", "i-s", "m-s", "u"]), inner).map(
+        lambda pair: f"(?{pair[0]}:{pair[1]})"
+    )
     repeated = st.tuples(inner, st.sampled_from(REPEATS)).map(lambda pair: f"(?:{pair[0]}){pair[1]}")
     together = st.lists(inner, min_size=1, max_size=3).map("".join)
     either = st.lists(inner, min_size=1, max_size=3).map("|".join)
-    return wrapped | behind | repeated | together | either
+    return wrapped | behind | flagged | repeated | together | either
 
 
 expressions = st.recursive(
@@ -38,7 +42,9 @@ expressions = st.recursive(
     _extended,
     max_leaves=6,
 )
-paths = st.text("ab1._ä", min_size=1, max_size=8) | st.sampled_from(["a\n", "a.b\n", "layers.1", "a.layers"])
+paths = st.text("abAB1._äÄ\n", min_size=1, max_size=8) | st.sampled_from(
+    ["a\n", "a.b\n", "layers.1", "a.layers", "a.LAYERS", "S", "K", "k\u212a", "\na\n\nb"]
+)
 
 
 @settings(max_examples=600, deadline=None)
@@ -46,9 +52,35 @@ paths = st.text("ab1._ä", min_size=1, max_size=8) | st.sampled_from(["a\n", "a.
 @example(r"(?:.*\.)?layers", "a.layers")
 @example(r"a{2,}$", "aaa\n")
 @example("layers.1", "a.layers_1")
+@example("(?s:.*)a", "\na")
+@example("(?i:[A-Z]K(?-i:a))", "bka")
+@example("(?i:[A-Z]K(?-i:a))", "bkA")
+@example("(?m:^a$\n^b$)", "a\nb")
+@example("(?m:a$)", "a\n")
+@example("(?x: a  b )1", "ab1")
 def test_an_expression_fits_what_it_fits_in_re(pattern: str, path: str) -> None:
     assert patterns.fits(pattern, path) == bool(re.fullmatch(pattern, path))
     assert patterns.fits_end(pattern, path) == bool(re.match(rf"(.*\.)?({pattern})$", path))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["i", "s", "m", "x", "im", "u", "sx"]), expressions, paths)
+@example("i", "[a-z]", "\u212a")
+def test_flags_for_all_of_an_expression(flags: str, inner: str, path: str) -> None:
+    """PEFT takes them where it matches the expression as it is; inside its own, Python has them at the beginning."""
+    pattern = f"(?{flags}){inner}"
+    assert patterns.fits(pattern, path) == bool(re.fullmatch(pattern, path))
+    patterns.check(pattern, "config: target_modules", inside=False)
+    with pytest.raises(re.error, match="global flags not at the start"):
+        re.match(rf"(.*\.)?({pattern})$", path)
+    with pytest.raises(BadInput, match=r"rank_pattern: .*global flags not at the start.*such as '\(\?i:…\)'"):
+        check_pattern({pattern: 4}, "config: rank_pattern")
+
+
+@pytest.mark.parametrize("pattern", [r"(?i).*Q_PROJ", r"(?s:.*)q_proj", "(?x) .* q_proj  # the queries"])
+def test_flags_as_they_are_written(pattern: str) -> None:
+    assert patterns.fits(pattern, "model.layers.0.q_proj")
+    assert not patterns.fits(pattern, "model.layers.0.k_proj")
 
 
 @settings(max_examples=300, deadline=None)
@@ -124,9 +156,11 @@ def test_a_repetition_of_any_size_ends() -> None:
         ("(a)?(?(1)b|c)", Unsupported, "GROUPREF_EXISTS"),
         ("a*+b", Unsupported, "POSSESSIVE_REPEAT"),
         ("(?>a*)b", Unsupported, "ATOMIC_GROUP"),
-        ("(?i:Q_PROJ)", Unsupported, "has flags"),
-        ("(?i)Q_PROJ", Unsupported, "has flags"),
-        (r"(?:x(?!(?i:a)))", Unsupported, "has flags"),
+        ("(?a:q)", Unsupported, "has flags other than i, m, s and x"),
+        ("(?a)q", Unsupported, "has flags other than"),
+        (r"(?:x(?!(?ia:a)))", Unsupported, "has flags other than"),
+        ("[a-\uffff]", Unsupported, "has a range of over 1,000 characters"),
+        ("(" * 150 + "a" + ")*" * 150, Unsupported, "is nested over 100 deep"),
     ],
 )  # fmt: skip
 def test_what_is_not_matched_is_refused_by_name(pattern: str, error: type[BadInput], message: str) -> None:

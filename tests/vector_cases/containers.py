@@ -146,6 +146,8 @@ def safetensors() -> list[Vector]:
              f'{{"a":{_entry("F4", "[2]", "[0,1]")}}}', b"\x21", ("a", "F4", [2], 0, 1)),
         file("every-dtype", "Each dtype of the container, eight elements.", "S4 S5", every_header,
              bytes(every[-1][4]), *every),
+        file("name-4096", "The longest name, of 8,192 bytes.", "S3", f'{{"{"é" * 4096}":{_entry()}}}', F32[:4],
+             ("é" * 4096, "F32", [1], 0, 4)),
         file("names", "Names that look odd and are fine.", "S3",
              f'{{"a/b..c":{_entry()},"…é":{_entry(offsets="[4,8]")},"...":{_entry(offsets="[8,12]")}}}', F32[:12],
              ("a/b..c", "F32", [1], 0, 4), ("…é", "F32", [1], 4, 8), ("...", "F32", [1], 8, 12)),
@@ -230,6 +232,7 @@ def _bad_headers() -> list[Vector]:
                 ("newline", "A newline.", "a\\nb"),
                 ("escape", "A terminal's escape character.", "a\\u001b[31m"),
                 ("delete", "A DEL.", "a\u007f"),
+                ("long", "4,097 characters.", "a" * 4097),
                 ("c1", "A control sequence introducer of eight bits.", "a\u009b31m"),
             )
         ),

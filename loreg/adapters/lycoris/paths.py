@@ -35,11 +35,15 @@ class Name:
 def locate(
     modules: Mapping[Name, DraftModule], draft: Draft, tensors: Mapping[str, BaseTensor], config: layers.Config
 ) -> Draft:
-    """The draft with its modules by path. Raises BadInput for a name that no weight of the checkpoint has, or two."""
+    """The draft with its modules by path in memory, as PEFT has them.
+
+    Raises BadInput for a name that no weight of the checkpoint has, or two.
+    """
     known: dict[str, dict[str, str]] = {}
+    live = renames.all_in_memory(tensors, config)
     for tensor in tensors:
         if tensor.endswith(_WEIGHT):
-            for called in (tensor, renames.in_memory(tensor, config)):
+            for called in (tensor, live[tensor]):
                 path = called.removesuffix(_WEIGHT)
                 known.setdefault(_dotted(path), {})[tensor.removesuffix(_WEIGHT)] = path
     placed: dict[str, Name] = {}
@@ -54,7 +58,8 @@ def locate(
             placed[path] = name
     for path, name in placed.items():
         _check(name, modules[name], tensors[path + _WEIGHT])
-    return replace(draft, modules={path: modules[name] for path, name in placed.items()})
+    in_memory = {path: live[path + _WEIGHT].removesuffix(_WEIGHT) for path in placed}
+    return replace(draft, modules={in_memory[path]: modules[name] for path, name in placed.items()})
 
 
 def _dotted(path: str) -> str:

@@ -19,6 +19,7 @@ WRAPPED = ".base_layer.out_proj"
 PARAMETER = "in_proj_weight"
 TWICE = 2.0
 _KNOWN_VERSIONS = (0, 21)
+_DIGITS = 18  # of both numbers of a release; Python turns no text of thousands into one
 
 
 def joined(modules: Mapping[str, DraftModule], config: Config) -> dict[str, DraftModule]:
@@ -52,6 +53,8 @@ def joined(modules: Mapping[str, DraftModule], config: Config) -> dict[str, Draf
 def _check_version(config: Config) -> None:
     said = config.get("peft_version")
     found = re.match(r"(\d+)\.(\d+)", str(said)) if said else None
+    if found and len(found[0]) > _DIGITS:
+        raise BadInput(f"peft_version: expected a release such as '0.21.0', found {str(said)[:60]!r}: correct it.")
     if found and (int(found[1]), int(found[2])) > _KNOWN_VERSIONS:
         raise Unsupported(
             f"The adapter has a MultiheadAttention and is of PEFT {said}: up to 0.21 its forward adds the delta of "

@@ -24,7 +24,7 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path) -> Conten
     check_known(config, KNOWN, path)
     names = config.get("feedforward_modules")
     if isinstance(names, str):
-        patterns.check(names, f"{path}: feedforward_modules")
+        patterns.check(names, f"{path}: feedforward_modules", inside=False)
     elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise BadInput(f"{path}: feedforward_modules: expected text or a list of it, found {str(names)[:80]}.")
     found = sort(tensors, ("ia3_l",))

@@ -81,9 +81,17 @@ def read(tensors: Mapping[str, RawTensor], config: Config, path: Path, first: Pa
 
 def _with_biases(trained: str, draft: Draft, tensors: Mapping[str, BaseTensor], base: layers.Config) -> Draft:
     """The draft as it is, unless trained biases of its layers are lost. ``trained``: the config's ``bias``."""
-    wanted = [f"{path}.{part}" for path in draft.modules for part in ("weight", "bias")]
-    found = renames.resolve(wanted, tensors, base)
-    require_biases(trained, [f"{path}.bias" for path in draft.modules if f"{path}.bias" in found], draft)
+    if trained != "none":
+        known = renames.Known(tensors, base)
+        found = known.resolve(f"{path}.weight" for path in draft.modules)
+        # Each bias beside its weight: one that is looked for by its own name may be that of another layer.
+        live = {
+            path: renames.in_memory(found[f"{path}.weight"], base)
+            for path in draft.modules
+            if f"{path}.weight" in found
+        }
+        having = [path for path, name in live.items() if f"{name.removesuffix('weight')}bias" in known.memory]
+        require_biases(trained, [f"{path}.bias" for path in having], draft)
     return replace(draft, locate=None)
 
 

@@ -5,7 +5,8 @@ all ways are followed at once (Thompson, "Regular expression search algorithm", 
 set of places that the expression can have come to, as the bits of an integer, bit i for the place before character i.
 A run over one character class is an addition, whose carry goes through the run (Myers, "A fast bit-vector algorithm
 for approximate string matching", J. ACM 46(3), 1999). Whether an expression fits is the same as for ``re``, whose own
-parser reads it. What is not regular, such as a reference to a group, is refused, as are flags.
+parser reads it, and which is asked of each single character. What is not regular, such as a reference to a group, is
+refused, as are the flags for other alphabets than Unicode.
 """
 
 from __future__ import annotations
@@ -18,33 +19,43 @@ from itertools import pairwise
 from re import _parser  # type: ignore[attr-defined]  # has the syntax tree; what it may have new is refused by name
 from typing import Any, TypeAlias
 
+from loreg.adapters.names import PATH_LENGTH
 from loreg.errors import BadInput, Unsupported
 
 _PATTERN_LENGTH = 4096
-_PATH_LENGTH = 512  # the longest path of a model in transformers has 90 characters or so
 _STEPS = 20_000  # of one expression with one path; the longest in use take a few hundred
+_RANGE = 1000  # as ``re`` looks at each character of a range when it compiles one, for 10 ms in the widest
+_NESTING = 100  # a fixed number: what Python's stack has room for depends on the caller
 
 _LITERAL = re.compile(r"(?:[\w/-]|\\[.\-])+", re.ASCII)
 _DOTTED = re.compile(r"[\w./-]+", re.ASCII)
 _WORD = re.compile(r"\w")
-_CATEGORIES: Mapping[str, re.Pattern[str]] = {
-    "CATEGORY_DIGIT": re.compile(r"\d"),
-    "CATEGORY_NOT_DIGIT": re.compile(r"\D"),
-    "CATEGORY_SPACE": re.compile(r"\s"),
-    "CATEGORY_NOT_SPACE": re.compile(r"\S"),
-    "CATEGORY_WORD": _WORD,
-    "CATEGORY_NOT_WORD": re.compile(r"\W"),
+_CATEGORIES: Mapping[str, str] = {
+    "CATEGORY_DIGIT": r"\d",
+    "CATEGORY_NOT_DIGIT": r"\D",
+    "CATEGORY_SPACE": r"\s",
+    "CATEGORY_NOT_SPACE": r"\S",
+    "CATEGORY_WORD": r"\w",
+    "CATEGORY_NOT_WORD": r"\W",
 }
+_FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE | re.VERBOSE | re.UNICODE
 
-Node: TypeAlias = tuple[Any, Any]
-"""An operation of ``re``'s syntax tree, and what it is about."""
+Accepts: TypeAlias = str | re.Pattern[str]
+"""A character, or an expression for one."""
+
+Node: TypeAlias = tuple[str, Any]
+"""A step of ``_STEP``, and what it is about."""
 
 
-def check(pattern: str, where: str) -> None:
-    """Raises BadInput, naming ``where``, for what is no regular expression, Unsupported for one not handled here."""
+def check(pattern: str, where: str, *, inside: bool = True) -> None:
+    """Raises BadInput, naming ``where``, for what is no regular expression, Unsupported for one not handled here.
+
+    ``inside``: whether PEFT puts it into an expression of its own, where Python takes no flags for all of it.
+    """
     try:
         _tree(pattern)
-        _tree(_as_end(pattern))  # as it is used: flags, for one, are no more at its beginning
+        if inside:
+            _tree(_as_end(pattern))
     except BadInput as error:
         raise type(error)(f"{where}: {error}") from error
 
@@ -76,9 +87,9 @@ def _as_end(pattern: str) -> str:
 
 
 def _checked(path: str) -> str:
-    if len(path) > _PATH_LENGTH:
+    if len(path) > PATH_LENGTH:
         raise BadInput(
-            f"The module path {path[:60]!r}… has {len(path)} characters: expected {_PATH_LENGTH} at most, as "
+            f"The module path {path[:60]!r}… has {len(path)} characters: expected {PATH_LENGTH} at most, as "
             "patterns of the config are matched with it."
         )
     return path
@@ -94,43 +105,81 @@ def _tree(pattern: str) -> tuple[Node, ...]:
     try:
         tree = _parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise BadInput(f"{pattern[:60]!r} is not a regular expression: {error}.") from error
-    if tree.state.flags != re.UNICODE:
-        raise _refused("flags", pattern)
-    nodes = tuple(tree)
-    for name in _names(nodes):
-        if name not in _STEP:
-            raise _refused(name, pattern)
-    return nodes
+        hint = ", such as '(?i:…)' around a part" if "global flags" in str(error) else ""
+        raise BadInput(f"{pattern[:60]!r} is not a regular expression: {error}{hint}.") from error
+    return _Reading(pattern).nodes(tree, tree.state.flags, 0)
 
 
-def _refused(what: str, pattern: str) -> Unsupported:
-    why = "" if what == "flags" else ", as it can take for ever"
-    return Unsupported(
-        f"the expression {pattern[:60]!r} has {what}, which is not matched here{why}: write it without."
-    )
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """From the syntax tree of ``re`` to steps, with the flags of each place in them."""
 
+    pattern: str
 
-def _names(nodes: Iterable[Node]) -> Iterator[str]:
-    """The operations of a tree: those of one character count as what they are."""
-    for operation, about in nodes:
-        name = str(operation)
-        yield name
-        if name == "IN":
-            for kind, value in about:
-                yield "IN" if str(kind) in ("NEGATE", "LITERAL", "RANGE") or str(value) in _CATEGORIES else str(kind)
-        elif name == "AT":
-            yield "AT" if str(about) in _PLACES else str(about)
-        elif name == "SUBPATTERN":
-            yield "flags" if about[1] or about[2] else name
-            yield from _names(about[3])
-        elif name == "BRANCH":
-            for branch in about[1]:
-                yield from _names(branch)
-        elif name in ("MAX_REPEAT", "MIN_REPEAT"):
-            yield from _names(about[2])
-        elif name in ("ASSERT", "ASSERT_NOT"):
-            yield from _names(about[1])
+    def nodes(self, tree: Iterable[tuple[Any, Any]], flags: int, depth: int) -> tuple[Node, ...]:
+        """Raises Unsupported for what is not matched here, by its name in ``re``."""
+        if flags & ~_FLAGS:
+            raise self._refused("flags other than i, m, s and x")
+        if depth > _NESTING:
+            raise Unsupported(
+                f"the expression {self.pattern[:60]!r} is nested over {_NESTING} deep: write it with fewer groups."
+            )
+        found: list[Node] = []
+        for operation, about in tree:
+            name = str(operation)
+            if name == "SUBPATTERN":
+                _, added, removed, body = about
+                # Flags of another alphabet replace that of Unicode in ``re``, and are refused just above.
+                found += self.nodes(body, (flags | added) & ~removed, depth + 1)
+            elif name == "BRANCH":
+                found.append(("branch", [self.nodes(branch, flags, depth + 1) for branch in about[1]]))
+            elif name in ("MAX_REPEAT", "MIN_REPEAT"):
+                least, most, body = about
+                found.append(("repeat", (int(least), most, self.nodes(body, flags, depth + 1))))
+            elif name in ("ASSERT", "ASSERT_NOT"):
+                direction, body = about
+                width = body.getwidth()[0] if direction < 0 else 0
+                found.append(("assert", (name == "ASSERT", direction, width, self.nodes(body, flags, depth + 1))))
+            elif name == "AT":
+                found.append(("at", self._place(str(about), flags)))
+            else:
+                found.append(("one", self._accepts(name, about, flags)))
+        return tuple(found)
+
+    def _refused(self, what: str) -> Unsupported:
+        return Unsupported(
+            f"the expression {self.pattern[:60]!r} has {what}, which is not matched: write it without."
+        )
+
+    def _place(self, name: str, flags: int) -> Callable[[str], int]:
+        if name not in _PLACES:
+            raise self._refused(name)
+        return _LINES.get(name, _PLACES[name]) if flags & re.MULTILINE else _PLACES[name]
+
+    def _accepts(self, name: str, about: Any, flags: int) -> Accepts:
+        """What tells the characters that an operation of one character accepts."""
+        if name == "LITERAL" and not flags & re.IGNORECASE:
+            return chr(about)
+        if name == "ANY":
+            return re.compile(".", flags & re.DOTALL)
+        items = {"LITERAL": [(name, about)], "NOT_LITERAL": [("NEGATE", None), ("LITERAL", about)], "IN": about}
+        if name not in items:
+            raise self._refused(f"{name} (as it can take for ever)")
+        inner = "".join(self._item(str(kind), value) for kind, value in items[name])
+        return re.compile(f"[{inner}]", flags & re.IGNORECASE)
+
+    def _item(self, kind: str, value: Any) -> str:
+        if kind == "NEGATE":
+            return "^"
+        if kind == "LITERAL":
+            return f"\\U{value:08x}"
+        if kind != "RANGE":
+            if str(value) not in _CATEGORIES:
+                raise self._refused(str(value))
+            return _CATEGORIES[str(value)]
+        if value[1] - value[0] >= _RANGE:
+            raise self._refused(f"a range of over {_RANGE:,} characters")
+        return f"\\U{value[0]:08x}-\\U{value[1]:08x}"
 
 
 @dataclass(slots=True)
@@ -141,15 +190,20 @@ class _Text:
     pattern: str
     steps: int = 0
     characters: dict[str, int] = field(default_factory=dict)
-    kinds: dict[int, int] = field(default_factory=dict)
+    kinds: dict[re.Pattern[str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for place, character in enumerate(self.path):
             self.characters[character] = self.characters.get(character, 0) | 1 << place
 
-    def before(self, accepts: Callable[[str], bool]) -> int:
+    def before(self, accepts: Accepts) -> int:
         """The places before the characters that are accepted."""
-        return sum(places for character, places in self.characters.items() if accepts(character))
+        if isinstance(accepts, str):
+            return self.characters.get(accepts, 0)
+        if accepts not in self.kinds:
+            found = (places for character, places in self.characters.items() if accepts.fullmatch(character))
+            self.kinds[accepts] = sum(found)
+        return self.kinds[accepts]
 
     def count(self) -> None:
         self.steps += 1
@@ -162,11 +216,11 @@ class _Text:
 
 def _after(nodes: Iterable[Node], places: int, text: _Text) -> int:
     """Where the operations, one after the other, can lead to from any of ``places``."""
-    for operation, about in nodes:
+    for step, about in nodes:
         if not places:
             return 0
         text.count()
-        places = _STEP[str(operation)](operation, about, places, text)
+        places = _STEP[step](about, places, text)
     return places
 
 
@@ -176,63 +230,29 @@ def _places_of(place: int) -> Iterator[int]:
         place &= place - 1
 
 
-def _kind(operation: Any, about: Any, text: _Text) -> int:
-    """The places before the characters that an operation of one character accepts."""
-    name = str(operation)
-    if name == "LITERAL":
-        return text.characters.get(chr(about), 0)
-    if name == "NOT_LITERAL":
-        return text.before(lambda character: ord(character) != about)
-    if name == "ANY":
-        return text.before(lambda character: character != "\n")
-    if id(about) not in text.kinds:  # the tree is kept, so that no other has its identity
-        text.kinds[id(about)] = text.before(lambda character: _is_in(about, character))
-    return text.kinds[id(about)]
+def _one(accepts: Accepts, places: int, text: _Text) -> int:
+    return (places & text.before(accepts)) << 1
 
 
-def _is_in(about: Iterable[Node], character: str) -> bool:
-    negated, found = False, False
-    for kind, value in about:
-        name = str(kind)
-        if name == "NEGATE":
-            negated = True
-        elif name == "LITERAL":
-            found |= ord(character) == value
-        elif name == "RANGE":
-            found |= value[0] <= ord(character) <= value[1]
-        else:
-            found |= _CATEGORIES[str(value)].match(character) is not None
-    return found != negated
-
-
-def _one(operation: Any, about: Any, places: int, text: _Text) -> int:
-    return (places & _kind(operation, about, text)) << 1
-
-
-def _group(operation: Any, about: Any, places: int, text: _Text) -> int:
-    return _after(about[3], places, text)
-
-
-def _branch(operation: Any, about: Any, places: int, text: _Text) -> int:
+def _branch(branches: Iterable[tuple[Node, ...]], places: int, text: _Text) -> int:
     found = 0
-    for branch in about[1]:
+    for branch in branches:
         found |= _after(branch, places, text)
     return found
 
 
-def _repeat(operation: Any, about: Any, places: int, text: _Text) -> int:
+def _repeat(about: tuple[int, Any, tuple[Node, ...]], places: int, text: _Text) -> int:
     least, most, body = about
-    for _ in range(int(least)):
+    for _ in range(least):
         led = _after(body, places, text)
         if led == places:  # so any more would lead there too
             break
         places = led
-    only, what = body[0] if len(body) == 1 else ("", None)
-    if str(only) in _ONE and most == _parser.MAXREPEAT:
-        kind = _kind(only, what, text)
+    if len(body) == 1 and body[0][0] == "one" and most == _parser.MAXREPEAT:
+        kind = text.before(body[0][1])
         return places | (((places & kind) + kind) ^ kind)
     found = new = places
-    more = int(most) - int(least)
+    more = int(most) - least
     while new and more:
         new = _after(body, new, text) & ~found
         found |= new
@@ -240,9 +260,9 @@ def _repeat(operation: Any, about: Any, places: int, text: _Text) -> int:
     return found
 
 
-def _assert(operation: Any, about: Any, places: int, text: _Text) -> int:
-    direction, body = about
-    wanted, width, found = str(operation) == "ASSERT", body.getwidth()[0], 0
+def _assert(about: tuple[bool, int, int, tuple[Node, ...]], places: int, text: _Text) -> int:
+    wanted, direction, width, body = about
+    found = 0
     for place in _places_of(places):
         if direction > 0:
             there = _after(body, 1 << place, text) != 0
@@ -252,8 +272,8 @@ def _assert(operation: Any, about: Any, places: int, text: _Text) -> int:
     return found
 
 
-def _at(operation: Any, about: Any, places: int, text: _Text) -> int:
-    return places & _PLACES[str(about)](text.path)
+def _at(places_in: Callable[[str], int], places: int, text: _Text) -> int:
+    return places & places_in(text.path)
 
 
 def _end(path: str) -> int:
@@ -265,6 +285,10 @@ def _boundary(path: str) -> int:
     return sum((before != after) << place for place, (before, after) in enumerate(pairwise(words)))
 
 
+def _line_ends(path: str) -> int:
+    return sum(1 << place for place, character in enumerate(path + "\n") if character == "\n")
+
+
 _PLACES: Mapping[str, Callable[[str], int]] = {
     "AT_BEGINNING": lambda path: 1,
     "AT_BEGINNING_STRING": lambda path: 1,
@@ -273,14 +297,14 @@ _PLACES: Mapping[str, Callable[[str], int]] = {
     "AT_BOUNDARY": _boundary,
     "AT_NON_BOUNDARY": lambda path: (1 << len(path) + 1) - 1 & ~_boundary(path),
 }
-_ONE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
-_STEP: Mapping[str, Callable[[Any, Any, int, _Text], int]] = {
-    **dict.fromkeys(_ONE, _one),
-    "SUBPATTERN": _group,
-    "BRANCH": _branch,
-    "MAX_REPEAT": _repeat,
-    "MIN_REPEAT": _repeat,
-    "ASSERT": _assert,
-    "ASSERT_NOT": _assert,
-    "AT": _at,
+_LINES: Mapping[str, Callable[[str], int]] = {
+    "AT_BEGINNING": lambda path: 1 | _line_ends(path) << 1,
+    "AT_END": _line_ends,
+}
+_STEP: Mapping[str, Callable[[Any, int, _Text], int]] = {
+    "one": _one,
+    "branch": _branch,
+    "repeat": _repeat,
+    "assert": _assert,
+    "at": _at,
 }

@@ -22,6 +22,7 @@ from loreg.adapters.peft.contents import PREFIX, Config, Contents
 from loreg.errors import BadInput
 
 _ALL_LINEAR = "all-linear"
+_DIGITS = 18  # of the number of a layer; Python turns no text of thousands into one
 _HEADS = ("lm_head", "embed_out")
 """What `get_output_embeddings` gives in transformers: "all-linear" leaves it out."""
 
@@ -99,12 +100,14 @@ class Targets:
         """PEFT asks for the layer only where ``name`` is the end of a path in a list, and not all of it."""
         if not self.layers or isinstance(self.modules, str) or name in (self.modules or ()):
             return True
+        numbers = {int(part) for part in name.split(".") if part.isdecimal() and len(part) <= _DIGITS}
+        meant = sorted(numbers & set(self.layers))
         if not self.layers_pattern:
-            return any(part.isdecimal() and int(part) in self.layers for part in name.split("."))
+            return bool(meant)
         return any(
             patterns.fits(rf"(?:.*\.)?(?:{called})\.0*{layer}\..*", name)
             for called in self.layers_pattern
-            for layer in self.layers
+            for layer in meant
         )
 
     def _refused(self, name: str, module: DraftModule, why: str, what: str) -> BadInput:
@@ -197,7 +200,7 @@ def _names(value: object, where: str) -> Names:
     if value is None:
         return None
     if isinstance(value, str):
-        patterns.check(value, where)
+        patterns.check(value, where, inside=False)
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
