@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loreg
 from loreg.errors import LoregError
+from tests.peers.variants.models import randomise
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -164,14 +165,6 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-def _changed(model: Any, seed: int, scale: float = 0.1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
-
-
 class Trained(NamedTuple):
     """The class of a model, and its tensors by their names in memory: as they were, and as PEFT merges them.
 
@@ -188,11 +181,11 @@ def _trained(make: Callable[[], Any], config: PeftConfig, folder: Path, logits: 
     """Writes the base and the adapter."""
     torch.manual_seed(0)
     model = make()
-    _changed(model, 1)
+    randomise(model, 1)
     model.save_pretrained(folder / "base")
     base, kind = _tensors(model), type(model)
     adapted = get_peft_model(model, config)
-    _changed(adapted, 2)
+    randomise(adapted, 2)
     adapted.save_pretrained(folder / "adapter")
     said = _logits(adapted) if logits else None
     return Trained(kind, base, _tensors(adapted.merge_and_unload()), said)

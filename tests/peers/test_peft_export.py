@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from loreg.errors import Unsupported
 from loreg.registry import Registry
 from tests.peers.variants import Built, Case
+from tests.peers.variants.models import randomise
 
 _MODULES = ("lora", "lora_initial", "lora_layers", "lora_words")
 _BY_NAME: dict[str, Case] = {
@@ -113,14 +114,6 @@ RENAMED: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor], list[str]]]
 }
 
 
-def _moved(model: Any, seed: int, size: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=generator)
-
-
 @torch.no_grad()
 def _said(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model.eval()(**inputs)[0]  # type: ignore[no-any-return]
@@ -144,10 +137,10 @@ def test_what_is_extracted_is_exported_as_memory_calls_it(model: str, registry: 
     make, inputs, targets = RENAMED[model]
     torch.manual_seed(0)
     tuned = make()
-    _moved(tuned, 1, 0.05)
+    randomise(tuned, 1, 0.05)
     tuned.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(tuned, LoraConfig(r=2, target_modules=targets))
-    _moved(adapted, 2, 0.1)
+    randomise(adapted, 2, 0.1)
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "tuned")
     registry.extract(tmp_path / "base", tmp_path / "tuned", "version", rank=2)
@@ -159,13 +152,13 @@ def test_what_lycoris_trained_is_exported_as_memory_calls_it(
 ) -> None:
     torch.manual_seed(0)
     model = _vit()
-    _moved(model, 1, 0.05)
+    randomise(model, 1, 0.05)
     model.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(LycorisNetwork, "TARGET_REPLACE_MODULE", [])
     monkeypatch.setattr(LycorisNetwork, "TARGET_REPLACE_NAME", [".*q_proj", ".*fc1", ".*projection"])
     network = create_lycoris(model.eval(), 1.0, linear_dim=4, linear_alpha=2.0, algo="lora")
     network.apply_to()
-    _moved(network, 2, 0.05)
+    randomise(network, 2, 0.05)
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, tmp_path / "lycoris.safetensors", {"ss_network_args": "{}"})
     version = registry.push(tmp_path / "lycoris.safetensors", base=tmp_path / "base", name="version")
@@ -189,7 +182,7 @@ def test_a_norm_of_a_base_from_tensorflow_is_exported_as_memory_calls_it(registr
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["embeddings.LayerNorm"])
     )
-    _moved(adapted, 2, 0.1)
+    randomise(adapted, 2, 0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     registry.push(tmp_path / "adapter", base=tmp_path / "base", name="adapter")
     registry.compose("adapter", "version")
@@ -207,7 +200,7 @@ def test_a_head_that_memory_has_elsewhere_is_exported_with_its_embedding(registr
     model.save_pretrained(tmp_path / "base")
     both = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
     adapted = get_peft_model(model, both)
-    _moved(adapted, 2, 0.1)
+    randomise(adapted, 2, 0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     registry.push(tmp_path / "adapter", base=tmp_path / "base", name="adapter")
     registry.compose("adapter", "version")
