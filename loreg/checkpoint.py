@@ -105,9 +105,10 @@ class StoredTensor:
     def offset(self) -> int:
         return self.shard.header.data_start + self.info.start
 
-    def chunks(self, size: int = _CHUNK) -> Iterator[memoryview]:
-        """Its bytes, in pieces of at most ``size``; each piece is valid until the next is asked for."""
-        yield from read_range(self.shard.path, self.offset, self.info.nbytes, size)
+    def chunks(self, size: int = _CHUNK, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """Its bytes, in pieces of at most ``size``; each piece is valid until the next is asked for. ``buffer``: what
+        they are read into, of at least that size."""
+        yield from read_range(self.shard.path, self.offset, self.info.nbytes, size, buffer)
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,14 @@ def describe(info: TensorInfo, content: Digest) -> BaseTensor:
     return BaseTensor(info.name, info.dtype, info.shape, info.nbytes, content)
 
 
-def read_range(path: Path, offset: int, length: int, size: int = _CHUNK) -> Iterator[memoryview]:
+def read_range(
+    path: Path, offset: int, length: int, size: int = _CHUNK, buffer: memoryview | None = None
+) -> Iterator[memoryview]:
     """``length`` bytes of ``path`` from ``offset``, through one buffer that every piece reuses.
 
     Raises BadInput if the file ends early or the disk reports an error.
     """
-    buffer = memoryview(bytearray(min(size, length)))
+    buffer = (memoryview(bytearray(min(size, length))) if buffer is None else buffer)[: min(size, length)]
     with open_binary(path) as file:
         done = 0
         while done < length:

@@ -15,15 +15,15 @@ from loreg.errors import CheckFailed, Conflict
 
 
 @contextmanager
-def staged(out: Path, identity: Digest, *, wait: bool = False) -> Iterator[Path]:
+def staged(out: Path, identity: Digest, *, wait: bool = False, resume: bool = False) -> Iterator[Path]:
     """A directory beside ``out`` that becomes ``out`` when the block succeeds, and vanishes when it does not.
 
     Its name follows from ``out`` and ``identity`` (of the work), so that what a killed process left is found
-    again and not piled up. Raises Conflict if ``out`` is taken, or another process is at the same work; with
-    ``wait``, only once that one has finished.
+    again and not piled up: with ``resume`` as it was left, else emptied. Raises Conflict if ``out`` is taken, or
+    another process is at the same work; with ``wait``, only once that one has finished.
     """
     require_free(out)
-    with scratch(out, f"{identity.short}.partial", wait=wait) as folder:
+    with scratch(out, f"{identity.short}.partial", wait=wait, resume=resume) as folder:
         yield folder
         _put(folder, out)
 
@@ -43,8 +43,9 @@ def refuse_inside(out: Path, root: Path) -> None:
 
 
 @contextmanager
-def scratch(out: Path, purpose: str, *, wait: bool = False) -> Iterator[Path]:
-    """An empty directory beside ``out``, of this process alone, for work towards it; gone when the block ends.
+def scratch(out: Path, purpose: str, *, wait: bool = False, resume: bool = False) -> Iterator[Path]:
+    """A directory beside ``out``, of this process alone, for work towards it; gone when the block ends. It is empty,
+    unless the one of a killed process is to be taken over by ``resume``.
 
     Raises Conflict if another process is in it, CheckFailed for whatever the disk says, in the block too.
     """
@@ -62,7 +63,8 @@ def scratch(out: Path, purpose: str, *, wait: bool = False) -> Iterator[Path]:
     try:
         _lock(lock, folder, out, wait)
         try:
-            _empty(folder)
+            if not resume:
+                _empty(folder)
             yield folder
         finally:
             # Ctrl-C included: a half-merged model is of no use, and large. Once renamed, the name is anybody's.

@@ -15,19 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loreg.algebra import native
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank
 from loreg.algebra.exact import SAFE, Doubles, exact_sum
-from loreg.algebra.rounding import Screen, bits, check_storage, finite, round_to, widen
+from loreg.algebra.passes import Blocks, Candidates, addable
+from loreg.algebra.rounding import Screen, Workspace, bits, check_storage, finite, round_to
 from loreg.errors import BadInput, Unsupported
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 2**18
 """Elements per block: 2 MiB of float64, which stays in cache; twice that cost a third of the speed."""
 
+_FEW = 256
+"""Candidates that are all decided exactly: to look at their bounds first would take longer."""
 _EXACT_TERMS = 2**18  # doubles that one batch of the exact stage expands to
 
 
@@ -42,11 +45,6 @@ def _in_safe_range(x: Tensor) -> bool:
 def _as_rows(x: Tensor) -> Tensor:
     """A vector as a matrix of one column, so that both are cut by rows."""
     return x[:, None] if x.ndim == 1 else x
-
-
-def _addable(x: Tensor) -> Tensor:
-    """The same values in a dtype that torch can add and compare, which it cannot in float8."""
-    return x.float() if x.dtype.itemsize == 1 else x
 
 
 def _largest(x: Tensor) -> float:
@@ -120,6 +118,7 @@ class WeightedSum:
         dtype_out: torch.dtype,
         device: torch.device | str = "cpu",
         tile_rows_hint: int | None = None,
+        workspace: Workspace | None = None,
     ) -> Prepared | Stacked:
         """Checks, moves to ``device`` and allocates what applying the edit to one weight needs.
 
@@ -139,10 +138,11 @@ class WeightedSum:
         if self.shape not in (None, shape):
             raise BadInput(f"an edit for shape {self.shape} does not fit a weight of shape {shape}.")
         if len(shape) == 3:
-            return Stacked(self, shape, dtype_in, dtype_out, torch.device(device), tile_rows_hint)
+            return Stacked(self, shape, dtype_in, dtype_out, torch.device(device), tile_rows_hint, workspace)
         columns = shape[1] if len(shape) == 2 else 1
         block = min(shape[0], tile_rows_hint or BLOCK_ELEMENTS // max(1, columns))
-        return Prepared(self.to(device), shape, dtype_in, dtype_out, torch.device(device), max(1, block))
+        space = workspace or Workspace()
+        return Prepared(self.to(device), shape, dtype_in, dtype_out, torch.device(device), max(1, block), space)
 
     def apply(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The whole of ``W`` (1-D to 3-D, any device) edited, as a new tensor of ``dtype`` (default: W's)."""
@@ -150,15 +150,6 @@ class WeightedSum:
         rows = (-1, W.shape[-1]) if W.ndim == 3 else W.shape
         self.prepare(W.shape, W.dtype, out.dtype, W.device).tile(W.reshape(rows), 0, out.view(rows))
         return out
-
-
-class _Candidates(NamedTuple):
-    """Elements in doubt: where they are in the weight, their float64 approximations, and W's values there."""
-
-    rows: Tensor
-    columns: Tensor
-    near: Tensor
-    W: Tensor
 
 
 class Prepared:
@@ -180,8 +171,9 @@ class Prepared:
         dtype_out: torch.dtype,
         device: torch.device,
         block: int,
+        workspace: Workspace,
     ) -> None:
-        self._edit, self._shape, self._block = edit, shape, block
+        self._edit, self._shape = edit, shape
         self._dtypes = dtype_in, dtype_out
         rows, columns = shape[0], shape[1] if len(shape) == 2 else 1
         none = torch.empty(0, dtype=torch.float64, device=device)
@@ -189,12 +181,18 @@ class Prepared:
         rights = [term.right.double() for term in edit.low_rank]
         self._left = torch.cat([none.view(rows, 0), *lefts], dim=1)
         self._right = torch.cat([none.view(0, columns), *rights], dim=0)
+        low_rank_only = bool(edit.low_rank) and not edit.dense
         summands = 1 + len(edit.dense) + self._left.shape[1]
         self._eta = (summands + 8) * 2.0**-53
         self._spread = self._magnitude()
-        self._screen = Screen(dtype_out, block * columns, self._eta, self._spread, device)
-        carried = self._screen.carried
-        self._acc = carried if carried.dtype == torch.float64 else carried.double()
+        if low_rank_only and native.computes(dtype_in, dtype_out, device):
+            self._pass: Blocks | native.Fused = native.Fused(
+                self._left, self._right, dtype_in, dtype_out, self._eta, self._spread, workspace
+            )
+        else:
+            screen = Screen(dtype_out, block * columns, self._eta, self._spread, device, workspace)
+            dense = [(term.scale, _as_rows(term.value)) for term in edit.dense]
+            self._pass = Blocks(self._left, self._right, dense, block, screen, workspace)
 
     def _magnitude(self) -> float:
         """S of the class's bound: at least Σ|d·X| + Σ|c·B||A| in every element, up to 2⁻²⁰ of itself."""
@@ -206,13 +204,13 @@ class Prepared:
         if not all(_in_safe_range(tensor) for tensor in tensors):
             return math.inf
         left, right = torch.linalg.vector_norm(self._left, dim=1), torch.linalg.vector_norm(self._right, dim=0)
-        spread = sum(abs(term.scale) * _largest(_addable(term.value).abs()) for term in dense)
+        spread = sum(abs(term.scale) * _largest(addable(term.value).abs()) for term in dense)
         return spread + _largest(left) * _largest(right)
 
     @torch.no_grad()
     def tile(self, W_rows: Tensor, row_start: int, out: Tensor) -> int:
         """Rows [row_start, row_start + n) of the edited weight into ``out``; returns how many of its elements
-        needed the exact stage.
+        one rounding left in doubt.
 
         ``W_rows`` and ``out`` have the shape of n rows of the weight (n elements of a vector), dtype_in and
         dtype_out, on the prepared device. ``out`` may be ``W_rows`` itself, and else shares
@@ -231,50 +229,36 @@ class Prepared:
             raise BadInput(f"rows {row_start} to {row_start + expected[0]} are not in shape {self._shape}.")
         source, target = _as_rows(W_rows), _as_rows(out)
         rows = expected[0] if source.numel() else 0
-        pending, waiting, decided = [], 0, 0
-        for start in range(0, rows, self._block):
-            span = slice(start, start + self._block)
-            found = self._convert(source[span], row_start + start, target[span])
+        pending, start, waiting, doubts = [], 0, 0, 0
+        while start < rows:
+            done, found = self._pass.rows(source[start:rows], row_start + start, target[start:rows])
+            start += done
             pending.append(found)
-            waiting += found.rows.numel()
-            if waiting >= BLOCK_ELEMENTS or span.stop >= rows:
-                decided += self._settle(_Candidates(*map(torch.cat, zip(*pending, strict=True))), row_start, target)
-                pending, waiting = [], 0
-        return decided
+            waiting += len(found.near)
+            if waiting >= BLOCK_ELEMENTS or start == rows:
+                self._settle(Candidates(*map(torch.cat, zip(*pending, strict=True))), row_start, target)
+                pending, waiting, doubts = [], 0, doubts + waiting
+        return doubts
 
-    def _convert(self, W: Tensor, first: int, out: Tensor) -> _Candidates:
-        """One block, rows from ``first`` on, in float64 and by one conversion; what that leaves in doubt."""
-        span = slice(first, first + W.shape[0])
-        acc = self._acc[: W.numel()].view(W.shape)
-        widen(W, acc)
-        if self._edit.low_rank:
-            acc.addmm_(self._left[span], self._right)
-        for term in self._edit.dense:
-            acc.add_(_addable(_as_rows(term.value)[span]), alpha=term.scale)
-        self._screen.carry(acc)
-        index = self._screen.candidates(W.numel())
-        rows, columns = index // W.shape[1], index % W.shape[1]
-        # W's own values are taken here, as out may be W.
-        found = _Candidates(rows + first, columns, acc[rows, columns], W[rows, columns])
-        self._screen.store(acc, out)
-        return found
-
-    def _settle(self, found: _Candidates, row_start: int, out: Tensor) -> int:
-        """Writes the values of the candidates; returns how many of them the exact stage decided."""
+    def _settle(self, found: Candidates, row_start: int, out: Tensor) -> None:
+        """Writes the values of the candidates: those that the bound around them decides, and the rest exactly."""
         near = found.near
-        # 2^-51 and the third ηS pay for the rounding of the two ends themselves.
-        margin = (self._eta + 2.0**-51) * near.abs() + 3 * self._eta * self._spread
-        values, other = (round_to(near + side, self._dtypes[1]) for side in (-margin, margin))
-        open_ = (bits(values) != bits(other)) | ~finite(values) | (near == 0)
-        index = open_.nonzero()[:, 0]
+        if near.numel() <= _FEW:
+            values = torch.empty(near.shape, dtype=self._dtypes[1], device=near.device)
+            index = torch.arange(near.numel(), device=near.device)
+        else:
+            # 2^-51 and the third ηS pay for the rounding of the two ends themselves.
+            margin = (self._eta + 2.0**-51) * near.abs() + 3 * self._eta * self._spread
+            values, other = (round_to(near + side, self._dtypes[1]) for side in (-margin, margin))
+            open_ = (bits(values) != bits(other)) | ~finite(values) | (near == 0)
+            index = open_.nonzero()[:, 0]
         step = max(1, _EXACT_TERMS // (2 + 2 * len(self._edit.dense) + 4 * self._left.shape[1]))
         for start in range(0, index.numel(), step):
             batch = index[start : start + step]
-            values[batch] = self._exact(_Candidates(*(x[batch] for x in found)))
+            values[batch] = self._exact(Candidates(*(x[batch] for x in found)))
         out[found.rows - row_start, found.columns] = values
-        return index.numel()
 
-    def _exact(self, found: _Candidates) -> Tensor:
+    def _exact(self, found: Candidates) -> Tensor:
         """The correctly rounded values of elements, decided on the CPU."""
         rows, columns, _, W = found
         weight = W.double().cpu()
@@ -287,7 +271,7 @@ class Prepared:
         self._refuse(~finite(values), found, f"exceeds the largest finite {self._dtypes[1]}")
         return values.to(W.device)
 
-    def _refuse(self, wrong: Tensor, found: _Candidates, what: str) -> None:
+    def _refuse(self, wrong: Tensor, found: Candidates, what: str) -> None:
         for j in wrong.nonzero()[:1, 0].tolist():
             element = [int(found.rows[j]), int(found.columns[j])][: len(self._shape)]
             raise BadInput(f"element {element} {what}: the merge is refused rather than written wrong.")
@@ -307,22 +291,23 @@ class Stacked:
         dtype_out: torch.dtype,
         device: torch.device,
         tile_rows_hint: int | None,
+        workspace: Workspace | None,
     ) -> None:
         self._edit, self._shape = edit, shape
-        self._arguments = shape[1:], dtype_in, dtype_out, device, tile_rows_hint
+        self._arguments = shape[1:], dtype_in, dtype_out, device, tile_rows_hint, workspace or Workspace()
         self._current: tuple[int, Prepared | Stacked] | None = None
 
     def tile(self, W_rows: Tensor, row_start: int, out: Tensor) -> int:
         """Rows [row_start, row_start + n) of the (n·rows, cols) that the stack is: as ``Prepared.tile``."""
-        decided, done, height = 0, 0, self._shape[1]
+        doubts, done, height = 0, 0, self._shape[1]
         while done < W_rows.shape[0]:
             index, first = divmod(row_start + done, height)
             if index >= self._shape[0]:
                 raise BadInput(f"row {row_start + done} is not in shape {self._shape}.")
             span = slice(done, min(W_rows.shape[0], done + height - first))
-            decided += self._matrix(index).tile(W_rows[span], first, out[span])
+            doubts += self._matrix(index).tile(W_rows[span], first, out[span])
             done = span.stop
-        return decided
+        return doubts
 
     def _matrix(self, index: int) -> Prepared | Stacked:
         if self._current is None or self._current[0] != index:

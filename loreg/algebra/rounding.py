@@ -170,6 +170,38 @@ def _word(carrier: torch.dtype, value: float) -> int:
     return number
 
 
+def thresholds(dtype: torch.dtype, eta: float, spread: float) -> tuple[int, int, int]:
+    """What a ``Screen`` compares with, as whole words of the carrier: magnitudes below the first and from the second
+    on are doubtful, and last bits that are within the third of a one and zeros. See there."""
+    carrier = _CARRIERS[dtype]
+    top = _word(carrier.dtype, torch.finfo(dtype).max * carrier.scale)
+    return min(_word(carrier.dtype, _tau(carrier, eta, spread) * carrier.scale), top), top, carrier.slack
+
+
+def _tau(carrier: _Carrier, eta: float, spread: float) -> float:
+    # 2^-20 covers the rounding of τ itself, of f against a, and of the norms that S came from.
+    tau = max(carrier.floor, 2.0 ** (carrier.reach + 2) * eta * spread * (1 + 2.0**-20))
+    return tau if eta <= 2.0 ** -(carrier.reach + 1) and not math.isnan(tau) else math.inf
+
+
+class Workspace:
+    """Memory that edits use one after the other: fresh pages for each cost more than what is computed in them.
+
+    What is taken from it holds until the same is taken again, and belongs to one thread.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, use: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``size`` elements (1-D), of whatever values are there."""
+        key = use, dtype, device
+        found = self._memory.get(key)
+        if found is None or found.numel() < size:
+            found = self._memory[key] = torch.zeros(size, dtype=dtype, device=device)
+        return found[:size]
+
+
 class Screen:
     """Finds, in one cheap pass, a small superset of the elements that one conversion may round wrongly.
 
@@ -199,23 +231,27 @@ class Screen:
 
     WIDTH = 8192
 
-    def __init__(self, dtype: torch.dtype, size: int, eta: float, spread: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        size: int,
+        eta: float,
+        spread: float,
+        device: torch.device,
+        workspace: Workspace | None = None,
+    ) -> None:
         check_storage(dtype)
+        workspace = workspace or Workspace()
         carrier = _CARRIERS[dtype]
         rows = -(-size // self.WIDTH)
         self._scale = carrier.scale
         self._whole = carrier.view.itemsize == carrier.dtype.itemsize
-        self.carried = torch.zeros(rows * self.WIDTH, dtype=carrier.dtype, device=device)
-        self._keys = torch.empty(rows, 2 * self.WIDTH, dtype=carrier.view, device=device)
+        self.carried = workspace.take("carried", rows * self.WIDTH, carrier.dtype, device)
+        self._keys = workspace.take("keys", rows * 2 * self.WIDTH, carrier.view, device).view(rows, 2 * self.WIDTH)
         width = 8 * carrier.view.itemsize
         bottom, modulus = -(2 ** (width - 1)), 2**width
-        # 2^-20 covers the rounding of τ itself, of f against a, and of the norms that S came from.
-        tau = max(carrier.floor, 2.0 ** (carrier.reach + 2) * eta * spread * (1 + 2.0**-20))
-        if not eta <= 2.0 ** -(carrier.reach + 1) or math.isnan(tau):
-            tau = math.inf
         cut = 8 * carrier.dtype.itemsize - width
-        tiny = _word(carrier.dtype, tau * carrier.scale) >> cut
-        top = _word(carrier.dtype, torch.finfo(dtype).max * carrier.scale) >> cut
+        tiny, top = (word >> cut for word in thresholds(dtype, eta, spread)[:2])
         shift = 2 ** (width - carrier.low)
         low = (shift, shift * carrier.slack, bottom + 2 * shift * carrier.slack)
         wrapped = modulus - 2 * top

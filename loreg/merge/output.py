@@ -92,7 +92,7 @@ def write_merge(
     began = time.monotonic()
     if not plan.base.lone:
         refuse_inside(out, plan.base.root)
-    with staged(out, plan.recipe.digest) as folder:
+    with staged(out, plan.recipe.digest, resume=True) as folder:
         check_space(plan, folder)
         digests = execute(plan, folder, device=device, advance=advance)
         record = _record(plan, digests)

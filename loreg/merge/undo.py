@@ -6,7 +6,6 @@ drift, as a rounded sum does not remember what it was rounded from.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.base import BaseManifest
 from loreg.format.recipe import MergeRecord
-from loreg.merge.execute import copy_range
+from loreg.merge.files import OutputFiles
 from loreg.merge.output import RECORD
 from loreg.merge.verify import check_files
 from loreg.staging import refuse_inside, staged, sync_tree
@@ -38,12 +37,10 @@ def unmerge_from_base(
     for source in (merged.root, base.root):
         refuse_inside(out, source)
     with staged(out, manifest.identity.weights_root) as folder:
-        for shard in base.shards:
-            descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                copy_range(shard.path, 0, shard.stamp.size, descriptor, 0, advance)
-            finally:
-                os.close(descriptor)
+        with OutputFiles() as files:
+            for shard in base.shards:
+                with files.create(folder / shard.name, shard.stamp.size) as output:
+                    output.copy(shard.path, 0, shard.stamp.size, 0, advance)
         beside = base.side_files() + ([base.index.relative_to(base.root)] if base.index else [])
         if (base.root / RECORD).is_file():  # a base that is itself a merge keeps saying so
             beside.append(Path(RECORD))

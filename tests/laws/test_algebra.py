@@ -27,6 +27,8 @@ from loreg.algebra.factor_space import cat
 from loreg.algebra.rounding import bits
 from loreg.errors import BadInput, Unsupported, UsageError
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 ROWS, COLUMNS = 5, 6
 DOUBLE = torch.float64
 

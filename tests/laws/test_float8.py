@@ -195,6 +195,6 @@ def test_tiles_and_places_make_no_difference(dtype: torch.dtype) -> None:
     for height in (1, 7, 50):
         prepared = edit.prepare(W.shape, dtype, dtype, tile_rows_hint=3)
         pieces = W.clone()
-        decided = sum(prepared.tile(pieces[k : k + height], k, pieces[k : k + height]) for k in range(0, 50, height))
-        assert decided == edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W))
+        doubts = sum(prepared.tile(pieces[k : k + height], k, pieces[k : k + height]) for k in range(0, 50, height))
+        assert doubts == edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W))
         assert torch.equal(bits(pieces), bits(whole))

@@ -1,0 +1,99 @@
+"""What a killed merge had finished: shards that the next run of the same recipe need not write again.
+
+A shard is finished once it is on the disk, and then its record, which says by digests what was written. What is read
+back has to have these, and the header that the plan gives the shard: nothing of another recipe, of a base that was
+split otherwise, or of a failing disk is taken for this merge's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from loreg.checkpoint import Advance, FileStamp, Shard, StoredTensor
+from loreg.digest import Digest, Hasher
+from loreg.errors import LoregError
+from loreg.merge.layout import Action, OutputShard, OutputTensor
+
+_FOLDER = ".finished"
+
+
+class Finished:
+    """The finished shards in ``folder``, of the merge of ``recipe``."""
+
+    def __init__(self, folder: Path, recipe: Digest) -> None:
+        self._folder, self._recipe = folder, recipe
+        self._records = folder / _FOLDER
+
+    def keep_only(self, shards: Iterable[OutputShard]) -> None:
+        """Removes whatever else a killed merge left: what it had copied from beside the base may be stale."""
+        kept = {_FOLDER, *(shard.name for shard in shards)}
+        for path in self._folder.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def digests(self, shard: OutputShard, advance: Advance) -> dict[str, Digest] | None:
+        """The content digests of what the merge changed in a shard that is there whole, of whose bytes ``advance`` is
+        told; None, and no file of its name, if it is to be written."""
+        said = self._record(shard)
+        path = self._folder / shard.name
+        if said is not None and _holds(path, shard, said):
+            advance(sum(tensor.info.nbytes for tensor in shard.tensors))
+            return said
+        path.unlink(missing_ok=True)
+        (self._records / f"{shard.name}.json").unlink(missing_ok=True)
+        return None
+
+    def record(self, shard: OutputShard, digests: Mapping[str, Digest]) -> None:
+        """That the shard is on the disk, with tensors of these ``digests`` changed."""
+        self._records.mkdir(exist_ok=True)
+        document = {"recipe": self._recipe.hex, "changed": {name: digest.hex for name, digest in digests.items()}}
+        fresh = self._records / f"{shard.name}.new"
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(fresh.with_suffix(".json"))
+
+    def forget(self) -> None:
+        """All records: the merge is whole."""
+        if self._records.exists():
+            shutil.rmtree(self._records)
+
+    def _record(self, shard: OutputShard) -> dict[str, Digest] | None:
+        try:
+            document = json.loads((self._records / f"{shard.name}.json").read_bytes())
+            if document["recipe"] != self._recipe.hex:
+                return None
+            return {str(name): Digest(digest) for name, digest in document["changed"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, LoregError):
+            return None  # none, or one that was not written to its end
+
+
+def _holds(path: Path, shard: OutputShard, changed: Mapping[str, Digest]) -> bool:
+    """Whether the file has the planned header and, for each tensor, the bytes that it is to have."""
+    if {tensor.info.name for tensor in shard.tensors if tensor.action is not Action.COPY} != set(changed):
+        return False
+    try:
+        stamp = FileStamp.of(path)
+        if stamp.size != shard.header.file_size:
+            return False
+        with path.open("rb") as file:
+            if file.read(len(shard.header.raw)) != bytes(shard.header.raw):
+                return False
+        there = Shard(path, shard.header, stamp)
+        return all(
+            _content(tensor, there) == changed.get(tensor.info.name, tensor.content) for tensor in shard.tensors
+        )
+    except (OSError, LoregError):
+        return False
+
+
+def _content(tensor: OutputTensor, shard: Shard) -> Digest:
+    hasher = Hasher(threads=Hasher.ALL)
+    for piece in StoredTensor(tensor.info, shard).chunks():
+        hasher.update(piece)
+    return hasher.digest()

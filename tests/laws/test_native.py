@@ -1,0 +1,111 @@
+"""The compiled pass of an edit gives the bytes, and the doubts, of torch's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loreg.algebra import LowRank, WeightedSum, native
+from loreg.algebra.rounding import bits
+from loreg.errors import BadInput
+
+compiled = pytest.mark.skipif(native.library is None, reason="loreg was installed where there was no C compiler")
+PAIRS = [(one, other) for one in (torch.bfloat16, torch.float32) for other in (torch.bfloat16, torch.float32)]
+pairs = pytest.mark.parametrize(("dtype_in", "dtype_out"), PAIRS)
+
+
+def test_it_is_there_where_a_compiler_is() -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler on this machine")
+    assert native.library is not None, "install loreg again: python -m pip install -e ."
+
+
+def _by_torch(work: Callable[[], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", None)
+        return work()
+
+
+def _edited(W: torch.Tensor, edit: WeightedSum, dtype: torch.dtype, cuts: int) -> tuple[torch.Tensor, int]:
+    out = torch.empty(W.shape, dtype=dtype)
+    prepared = edit.prepare(W.shape, W.dtype, dtype)
+    height = -(-len(W) // cuts)
+    doubts = sum(
+        prepared.tile(W[first : first + height], first, out[first : first + height])
+        for first in range(0, len(W), height)
+    )
+    return out, doubts
+
+
+@compiled
+@pairs
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 41),
+    columns=st.one_of(st.integers(1, 70), st.integers(500, 540)),
+    rank=st.integers(1, 70),
+    scale=st.sampled_from([1.0, 0.3, 2.0**-40, 2.0**60]),
+    seed=st.integers(0, 2**32),
+    cuts=st.integers(1, 3),
+)
+def test_any_shape(
+    dtype_in: torch.dtype,
+    dtype_out: torch.dtype,
+    rows: int,
+    columns: int,
+    rank: int,
+    scale: float,
+    seed: int,
+    cuts: int,
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=random).to(dtype_in)
+    W[torch.rand(rows, columns, generator=random) < 0.05] = 0
+    left = torch.randn(rows, rank, generator=random)
+    edit = WeightedSum((LowRank(left, torch.randn(rank, columns, generator=random), scale),))
+    found, doubts = _edited(W, edit, dtype_out, cuts)
+    assert doubts == _edited(W, edit, dtype_out, 1)[1]
+    expected, _ = _by_torch(lambda: _edited(W, edit, dtype_out, 1))
+    assert torch.equal(bits(found), bits(expected))
+
+
+@compiled
+@pairs
+def test_more_doubts_than_there_is_room_for(dtype_in: torch.dtype, dtype_out: torch.dtype) -> None:
+    """Sums of few bits, of which most are midpoints, in a weight of more elements than are kept at once."""
+    random = torch.Generator().manual_seed(1)
+    W = torch.randint(128, 256, (90, 300), generator=random).to(dtype_in)
+    half = 2.0**-1 if dtype_out == torch.bfloat16 else 2.0**-17
+    edit = WeightedSum((LowRank(torch.randint(0, 2, (90, 1), generator=random).float(), torch.ones(1, 300), half),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_ROOM", 4096)
+        found, doubts = _edited(W, edit, dtype_out, 1)
+    assert doubts > 3 * 4096
+    expected, _ = _by_torch(lambda: _edited(W, edit, dtype_out, 1))
+    assert torch.equal(bits(found), bits(expected))
+
+
+@compiled
+@pairs
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_refused(dtype_in: torch.dtype, dtype_out: torch.dtype, value: float) -> None:
+    W = torch.ones(9, 40, dtype=dtype_in)
+    W[7, 33] = value
+    edit = WeightedSum((LowRank(torch.ones(9, 2), torch.ones(2, 40)),))
+    with pytest.raises(BadInput, match=r"element \[7, 33\] is NaN or infinite"):
+        edit.apply(W, dtype_out)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_result_beyond_the_largest_value_is_refused(dtype: torch.dtype) -> None:
+    W = torch.full((9, 40), torch.finfo(dtype).max, dtype=dtype)
+    edit = WeightedSum((LowRank(torch.eye(9)[:, 2:3], torch.eye(40)[5:6], 1e38),))
+    with pytest.raises(BadInput, match=r"element \[2, 5\] exceeds"):
+        edit.apply(W)
