@@ -6,11 +6,10 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from loreg.adapters import models
 from loreg.checkpoint import Advance
@@ -18,9 +17,10 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, Match, identify
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord
-from loreg.merge.execute import execute
+from loreg.merge.execute import Target, execute
 from loreg.merge.layout import OutputTensor
 from loreg.merge.plan import MergePlan, check_space
+from loreg.merge.resources import Resources
 from loreg.merge.verify import Verification
 from loreg.staging import refuse_inside, staged, sync_tree
 
@@ -45,9 +45,9 @@ class MergeResult:
     """A finished merge.
 
     ``base_match``: how well the base fits the adapter that it fits least. ``touched``: the tensors whose bytes may
-    differ from the base's. ``seconds``: wall time from the first byte to the rename, verification included.
-    ``left_out``: files of the base's directory that were not copied, as other weights may be stale copies of
-    these. ``undo_bytes``: the size of the undo journal, None without one. ``composition``: the version that was made
+    differ from the base's. ``seconds``: wall time from the first byte to the rename, verification included; of all
+    the outputs of one pass. ``left_out``: files of the base's directory that were not copied, as other weights may
+    be stale copies of these. ``undo_bytes``: the size of the undo journal, None without one. ``composition``: the version that was made
     first, if the method that was asked for works on factors; None for the others.
     """
 
@@ -76,35 +76,71 @@ class MergeResult:
         return self.record.recipe.digest
 
 
-def write_merge(
-    plan: MergePlan,
-    out: Path,
-    *,
-    device: torch.device,
-    advance: Advance,
-    verify: Callable[[Path, MergeRecord], Verification],
-) -> MergeResult:
-    """Run ``plan`` and put the result at ``out``, which must not exist or be empty.
+@dataclass(frozen=True)
+class Output:
+    """One merge of several: its plan, and the directory that it becomes, which must not exist or be empty.
 
-    ``verify`` is called on the finished, not yet renamed directory; a verification that fails leaves nothing.
-    Raises Conflict, CheckFailed, BadInput.
+    ``verify`` is called on what was written, before it has its name.
+    """
+
+    plan: MergePlan
+    out: Path
+    verify: Callable[[Path, MergeRecord], Verification]
+
+
+def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Advance) -> list[MergeResult]:
+    """Run plans over one base, which is read once, and put each result in its place.
+
+    All or nothing up to the renames: an error, or a verification that fails, leaves nothing. Raises Conflict,
+    CheckFailed, BadInput.
     """
     began = time.monotonic()
-    if not plan.base.lone:
-        refuse_inside(out, plan.base.root)
-    with staged(out, plan.recipe.digest, resume=True) as folder:
-        check_space(plan, folder)
-        digests = execute(plan, folder, device=device, advance=advance)
-        record = _record(plan, digests)
-        _write_side_files(plan, folder, record)
-        plan.base.check_unchanged()
-        verification = verify(folder, record)
-        if not verification.ok:
-            raise CheckFailed(f"The merge was written and does not verify, so it was removed: {verification.reason}.")
-    left_out = tuple(str(path) for path in plan.base.left_out())
-    weakest = min(plan.matches, default=Match.WEIGHTS)
-    touched = tuple(sorted(tensor.info.name for tensor in plan.changed))
-    return MergeResult(out, record, weakest, touched, verification, time.monotonic() - began, _peak_rss(), left_out)
+    base = outputs[0].plan.base
+    with ExitStack() as stack:
+        folders = []
+        for output in outputs:
+            if not base.lone:
+                refuse_inside(output.out, base.root)
+            folders.append(stack.enter_context(staged(output.out, output.plan.recipe.digest, resume=True)))
+        check_space([output.plan for output in outputs], folders)
+        targets = [Target(output.plan, folder) for output, folder in zip(outputs, folders, strict=True)]
+        execute(targets, resources=resources, advance=advance)
+        records = [_record(target.plan, target.digests) for target in targets]
+        for target, record in zip(targets, records, strict=True):
+            _write_side_files(target.plan, target.folder, record)
+        base.check_unchanged()
+        verifications = [
+            _verified(output, folder, record)
+            for output, folder, record in zip(outputs, folders, records, strict=True)
+        ]
+    seconds, peak = time.monotonic() - began, _peak_rss()
+    return [
+        _result(output, record, verification, seconds, peak)
+        for output, record, verification in zip(outputs, records, verifications, strict=True)
+    ]
+
+
+def _verified(output: Output, folder: Path, record: MergeRecord) -> Verification:
+    verification = output.verify(folder, record)
+    if not verification.ok:
+        raise CheckFailed(f"{output.out} was written and does not verify, so it was removed: {verification.reason}.")
+    return verification
+
+
+def _result(
+    output: Output, record: MergeRecord, verification: Verification, seconds: float, peak: int
+) -> MergeResult:
+    plan = output.plan
+    return MergeResult(
+        output.out,
+        record,
+        min(plan.matches, default=Match.WEIGHTS),
+        tuple(sorted(tensor.info.name for tensor in plan.changed)),
+        verification,
+        seconds,
+        peak,
+        tuple(str(path) for path in plan.base.left_out()),
+    )
 
 
 def _peak_rss() -> int:

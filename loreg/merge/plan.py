@@ -155,11 +155,17 @@ def _explain(adapter: AdapterInput, base: BaseManifest, differing: Sequence[str]
     return "Merge into the base that the adapter names, or override with --allow-base-mismatch."
 
 
-def check_space(plan: MergePlan, folder: Path) -> None:
-    """Raises CheckFailed if the file system of ``folder`` has not the room for the output."""
-    free = shutil.disk_usage(folder).free
-    if free < plan.nbytes + _HEADROOM:
-        raise CheckFailed(
-            f"{folder} has {free:,} bytes free, and the merge writes {plan.nbytes:,}: free some space, or choose "
-            "another disk."
-        )
+def check_space(plans: Sequence[MergePlan], folders: Sequence[Path]) -> None:
+    """Raises CheckFailed if a file system has not the room for what is to be written into ``folders`` of it, beside
+    what is there already."""
+    needed: dict[int, int] = {}
+    for plan, folder in zip(plans, folders, strict=True):
+        there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+        needed[folder.stat().st_dev] = needed.get(folder.stat().st_dev, _HEADROOM) + max(0, plan.nbytes - there)
+    for folder in folders:
+        free, size = shutil.disk_usage(folder).free, needed[folder.stat().st_dev]
+        if free < size:
+            raise CheckFailed(
+                f"{folder} has {free:,} bytes free, and the merge writes {size:,}: free some space, or choose "
+                "another disk."
+            )

@@ -14,7 +14,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.base import BaseManifest
 from loreg.format.recipe import MergeRecord
-from loreg.merge.files import OutputFiles
+from loreg.merge.files import OutputFiles, copy_range
 from loreg.merge.output import RECORD
 from loreg.merge.verify import check_files
 from loreg.staging import refuse_inside, staged, sync_tree
@@ -39,8 +39,9 @@ def unmerge_from_base(
     with staged(out, manifest.identity.weights_root) as folder:
         with OutputFiles() as files:
             for shard in base.shards:
-                with files.create(folder / shard.name, shard.stamp.size) as output:
-                    output.copy(shard.path, 0, shard.stamp.size, 0, advance)
+                output = files.create(folder / shard.name, shard.stamp.size)
+                copy_range(shard.path, 0, shard.stamp.size, [(output, 0)], advance)
+                output.finish()
         beside = base.side_files() + ([base.index.relative_to(base.root)] if base.index else [])
         if (base.root / RECORD).is_file():  # a base that is itself a merge keeps saying so
             beside.append(Path(RECORD))

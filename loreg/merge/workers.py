@@ -8,7 +8,7 @@ tensors per thread wait for nobody.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,34 +19,35 @@ T = TypeVar("T")
 
 
 @contextmanager
-def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, each with one of torch's; one thread for a CUDA device.
+def workers(device: torch.device, threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """``threads`` of them, each with one of torch's; if that is None, as many as torch would use, or one for CUDA.
 
     torch's own number of threads is 1 inside the block, and what it was afterwards.
     """
-    threads = torch.get_num_threads()
+    usual = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads if device.type == "cpu" else 1, thread_name_prefix="loreg")
+    pool = ThreadPoolExecutor(threads or (usual if device.type == "cpu" else 1), thread_name_prefix="loreg")
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(usual)
 
 
 def results(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Run ``jobs`` in ``pool``; their results in their own order.
-
-    When one fails, those not yet begun are dropped, those running are waited for, and its error is raised: what
-    they write to is still open until then.
-    """
+    """Run ``jobs`` in ``pool``; their results in their own order. When one fails, the rest is dropped."""
     futures: deque[Future[T]] = deque(pool.submit(job) for job in jobs)
     try:
         while futures:  # a result that was taken is held no longer
             yield futures.popleft().result()
     finally:
-        for future in futures:
-            future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.exception()
+        drop(futures)
+
+
+def drop(futures: Collection[Future[T]]) -> None:
+    """Jobs not yet begun are cancelled, those running waited for: what they write to is open until then."""
+    for future in futures:
+        future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.exception()

@@ -19,8 +19,9 @@ from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.forward import check_plan
 from loreg.merge.inputs import AdapterInput
-from loreg.merge.output import RECORD, Composition, MergeResult, write_merge
+from loreg.merge.output import RECORD, Composition, MergeResult, Output, write_merges
 from loreg.merge.plan import plan_merge
+from loreg.merge.resources import Resources
 from loreg.merge.undo import unmerge_from_base
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
 from loreg.merge.verify import verify as run_verification
@@ -107,7 +108,9 @@ def merge(
                 made.store()
             return verification
 
-        result = write_merge(plan, out, device=target, advance=stage("merging", plan.nbytes), verify=check)
+        (result,) = write_merges(
+            [Output(plan, out, check)], resources=Resources.of(target), advance=stage("merging", plan.nbytes)
+        )
         return result if made is None else replace(result, composition=made.store())
 
 
@@ -241,12 +244,10 @@ def _recorded(
                 allow_mismatch=recipe.base_mismatch,
             )
             unchecked = Verification("none")
-            result = write_merge(
-                plan,
-                folder / "base",
-                device=torch.device("cpu"),
+            (result,) = write_merges(
+                [Output(plan, folder / "base", lambda folder, record: unchecked)],
+                resources=Resources.of(torch.device("cpu")),
                 advance=stage("merging the base", plan.nbytes),
-                verify=lambda folder, record: unchecked,
             )
         if result.weights_root != root:
             raise BaseMismatch(

@@ -171,7 +171,7 @@ def test_a_change_that_no_time_stamp_shows_is_found_by_the_digest(
                 file.write(tiny.container((MODEL | {V: MODEL[V].flipped(1)}).items()))
         return lambda done: None
 
-    message = f"Tensor '{V}' of .* is not what it was when it was hashed"
+    message = f"Tensor '{V}': in .* it is not what it was when it was hashed"
     with refused(pushed, tmp_path / "out", BadInput, message, 5):
         pushed.merge("sql", tmp_path / "out", progress=progress, verify="none")
 

@@ -13,7 +13,7 @@ import tiny
 
 import loreg
 from loreg import staging
-from loreg.merge.files import OutputFiles
+from loreg.merge.resume import Finished
 
 NAMES = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
 
@@ -36,19 +36,17 @@ def sharded(registry: loreg.Registry, tmp_path: Path) -> loreg.Registry:
 
 def _killed(registry: loreg.Registry, out: Path, at: int, expression: str = "sql", **options: Any) -> Path:
     """Merges up to the shard number ``at``; returns the directory that is left."""
-    create, count = OutputFiles.create, 0
+    record, count = Finished.record, 0
 
-    def killing(files: OutputFiles, *args: Any, **given: Any) -> Any:
+    def killing(*args: Any) -> None:
         nonlocal count
         count += 1
         if count > at:
-            for _, flushed in files._finished:
-                flushed.result()
             raise Killed
-        return create(files, *args, **given)
+        record(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OutputFiles, "create", killing)
+        patch.setattr(Finished, "record", killing)
         patch.setattr(staging.shutil, "rmtree", lambda *args, **given: None)
         with pytest.raises(Killed):
             registry.merge(expression, out, **options)

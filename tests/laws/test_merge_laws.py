@@ -307,7 +307,7 @@ def test_threads_tiles_and_blocks_do_not_show(shared: Shared, seed: int, dtype: 
     outputs = []
     for count, elements, block in ((1, 1 << 20, 1 << 18), (2, tile, 1 << 18), (2, 1 << 20, tile), (1, tile, 50)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("loreg.merge.execute.TILE_BYTES", 4 * elements)
+            patch.setattr("loreg.merge.resources.TILE_BYTES", 4 * elements)
             patch.setattr("loreg.algebra.edits.BLOCK_ELEMENTS", block)
             torch.set_num_threads(count)
             try:

@@ -99,7 +99,7 @@ def test_threads_and_tiles_do_not_show(merge, method: str, monkeypatch: pytest.M
     expression = "+".join(names_for(method))
     threads, found = torch.get_num_threads(), set()
     for count, tile in ((1, 1 << 20), (2, 40), (2, 1 << 20)):
-        monkeypatch.setattr("loreg.merge.execute.TILE_BYTES", 4 * tile)
+        monkeypatch.setattr("loreg.merge.resources.TILE_BYTES", 4 * tile)
         monkeypatch.setattr("loreg.algebra.ordered._BLOCK_ELEMENTS", tile)
         torch.set_num_threads(count)
         try:
