@@ -20,18 +20,15 @@ import torch
 from torch import Tensor
 
 from loreg.algebra import native
+from loreg.algebra.deciding import Deciding
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank
-from loreg.algebra.exact import SAFE, Doubles, exact_sum
-from loreg.algebra.passes import Blocks, Candidates, addable
-from loreg.algebra.rounding import Screen, Workspace, bits, check_storage, finite, round_to
+from loreg.algebra.exact import SAFE
+from loreg.algebra.passes import UNSURE, Blocks, Candidates, Done, Outcome, addable, as_rows
+from loreg.algebra.rounding import Screen, Workspace, check_storage, ordered, thresholds
 from loreg.errors import BadInput, Unsupported
 
 BLOCK_ELEMENTS = 2**18
 """Elements per block: 2 MiB of float64, which stays in cache; twice that cost a third of the speed."""
-
-_FEW = 256
-"""Candidates that are all decided exactly: to look at their bounds first would take longer."""
-_EXACT_TERMS = 2**18  # doubles that one batch of the exact stage expands to
 
 
 def _in_safe_range(x: Tensor) -> bool:
@@ -42,19 +39,8 @@ def _in_safe_range(x: Tensor) -> bool:
     return bool(((size == 0) | ((size >= 1 / SAFE) & (size <= SAFE))).all())
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """A vector as a matrix of one column, so that both are cut by rows."""
-    return x[:, None] if x.ndim == 1 else x
-
-
 def _largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
-
-
-def _doubles(x: Tensor) -> Doubles:
-    """A copy on the CPU, in float64 and row-major, for NumPy."""
-    copy: Doubles = x.double().cpu().contiguous().numpy()
-    return copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +105,16 @@ class WeightedSum:
         device: torch.device | str = "cpu",
         tile_rows_hint: int | None = None,
         workspace: Workspace | None = None,
+        residual: bool = False,
     ) -> Prepared | Stacked:
         """Checks, moves to ``device`` and allocates what applying the edit to one weight needs.
 
         ``shape`` is the weight's, (rows, cols), (n,), or (n, rows, cols) for a stack of matrices; ``dtype_in`` in
         FACTOR_DTYPES, ``dtype_out`` in STORAGE_DTYPES. ``tile_rows_hint`` bounds the rows that are worked on at
-        once; by default blocks have about BLOCK_ELEMENTS. Needs 8·R·(rows + cols) bytes for the factors, R the
-        sum of ranks, and 16 bytes per element of a block; besides, about 100 bytes for each element that waits for
-        a decision, at most BLOCK_ELEMENTS and one block of them. A stack needs as much as one of its matrices.
+        once; by default blocks have about BLOCK_ELEMENTS. ``residual``: whether tiles are asked for theirs. Needs
+        8·R·(rows + cols) bytes for the factors, R the sum of ranks, and 16 bytes per element of a block, about 60
+        with residuals; besides, about 100 bytes for each element that waits for a decision, at most BLOCK_ELEMENTS
+        and one block of them. A stack needs as much as one of its matrices.
         Raises BadInput if shapes do not fit, Unsupported for other dtypes and for weights of more dimensions.
         """
         shape = tuple(shape)
@@ -138,11 +126,13 @@ class WeightedSum:
         if self.shape not in (None, shape):
             raise BadInput(f"an edit for shape {self.shape} does not fit a weight of shape {shape}.")
         if len(shape) == 3:
-            return Stacked(self, shape, dtype_in, dtype_out, torch.device(device), tile_rows_hint, workspace)
+            given = dtype_in, dtype_out, torch.device(device), tile_rows_hint, workspace or Workspace(), residual
+            return Stacked(self, shape, given)
         columns = shape[1] if len(shape) == 2 else 1
         block = min(shape[0], tile_rows_hint or BLOCK_ELEMENTS // max(1, columns))
         space = workspace or Workspace()
-        return Prepared(self.to(device), shape, dtype_in, dtype_out, torch.device(device), max(1, block), space)
+        where = torch.device(device)
+        return Prepared(self.to(device), shape, (dtype_in, dtype_out), where, max(1, block), space, residual)
 
     def apply(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The whole of ``W`` (1-D to 3-D, any device) edited, as a new tensor of ``dtype`` (default: W's)."""
@@ -161,38 +151,42 @@ class Prepared:
     at most η(|acc| + 2S), η = (n + 8)u ≥ γ/(1 - γ) for n ≤ 2²⁴. W itself, the large one, needs no pass. S is
     one number per weight: Σ|d|·max|X| + max‖(cB)_i‖₂·max‖A_j‖₂ by Cauchy-Schwarz. Where a product might
     over- or underflow, S is infinite and all elements are decided exactly.
+
+    *Residual.* Taking back gives P = round(y), y = W' - (x - W), of which r = W' - (acc - W) is computed. |W' - x| is
+    at most |x|/8, or half the least spacing, of which W is a multiple: so |W| ≤ 2|y| + 0.15S, |acc| ≤ 2|y| + 2.2S,
+    and with the roundings of acc - W, at most 2uS, and of r itself |r - y| ≤ 3η(|r| + 4S).
     """
 
     def __init__(
         self,
         edit: WeightedSum,
         shape: tuple[int, ...],
-        dtype_in: torch.dtype,
-        dtype_out: torch.dtype,
+        dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,
         block: int,
         workspace: Workspace,
+        residual: bool,
     ) -> None:
-        self._edit, self._shape = edit, shape
-        self._dtypes = dtype_in, dtype_out
+        self._edit, self._shape, self._dtypes = edit, shape, dtypes
         rows, columns = shape[0], shape[1] if len(shape) == 2 else 1
         none = torch.empty(0, dtype=torch.float64, device=device)
         lefts = [term.scale * term.left.double() for term in edit.low_rank]
         rights = [term.right.double() for term in edit.low_rank]
         self._left = torch.cat([none.view(rows, 0), *lefts], dim=1)
         self._right = torch.cat([none.view(0, columns), *rights], dim=0)
-        low_rank_only = bool(edit.low_rank) and not edit.dense
         summands = 1 + len(edit.dense) + self._left.shape[1]
-        self._eta = (summands + 8) * 2.0**-53
-        self._spread = self._magnitude()
-        if low_rank_only and native.computes(dtype_in, dtype_out, device):
-            self._pass: Blocks | native.Fused = native.Fused(
-                self._left, self._right, dtype_in, dtype_out, self._eta, self._spread, workspace
-            )
+        eta, spread = (summands + 8) * 2.0**-53, self._magnitude()
+        forth, back = (dtypes[1], eta, spread), (dtypes[0], 3 * eta, 2 * spread)
+        self._forth = Deciding(edit, shape, *forth)
+        self._back = Deciding(-edit, shape, *back) if residual else None
+        if edit.low_rank and not edit.dense and native.computes(*dtypes, device):
+            screens = thresholds(*forth), thresholds(*back)
+            self._pass: Blocks | native.Fused = native.Fused(self._left, self._right, dtypes, screens, workspace)
         else:
-            screen = Screen(dtype_out, block * columns, self._eta, self._spread, device, workspace)
-            dense = [(term.scale, _as_rows(term.value)) for term in edit.dense]
-            self._pass = Blocks(self._left, self._right, dense, block, screen, workspace)
+            size = block * columns
+            screens_ = [Screen(*given, size, device, workspace) for given in (forth, back)[: 1 + residual]]
+            dense = [(term.scale, as_rows(term.value)) for term in edit.dense]
+            self._pass = Blocks(self._left, self._right, dense, block, screens_, workspace)
 
     def _magnitude(self) -> float:
         """S of the class's bound: at least Σ|d·X| + Σ|c·B||A| in every element, up to 2⁻²⁰ of itself."""
@@ -208,14 +202,16 @@ class Prepared:
         return spread + _largest(left) * _largest(right)
 
     @torch.no_grad()
-    def tile(self, W_rows: Tensor, row_start: int, out: Tensor) -> int:
-        """Rows [row_start, row_start + n) of the edited weight into ``out``; returns how many of its elements
-        one rounding left in doubt.
+    def tile(self, W_rows: Tensor, row_start: int, out: Tensor, residual: Tensor | None = None) -> Outcome:
+        """Rows [row_start, row_start + n) of the edited weight into ``out``.
 
         ``W_rows`` and ``out`` have the shape of n rows of the weight (n elements of a vector), dtype_in and
         dtype_out, on the prepared device. ``out`` may be ``W_rows`` itself, and else shares
-        memory with no operand of the edit.
-        Neither bytes nor count depend on how a weight is cut into tiles. Raises BadInput if shapes or dtypes
+        memory with no operand of the edit. ``residual`` (int8, contiguous, of that shape too) takes what has to be
+        added, in storage values, to W' less the delta, correctly rounded to dtype_in, to get W; where a byte has no
+        room for it UNSURE, and the outcome has it. Only if that was prepared for.
+
+        Neither bytes nor the outcome depend on how a weight is cut into tiles. Raises BadInput if shapes or dtypes
         are others, if W holds NaN or infinity, or if a result exceeds the largest finite value of dtype_out,
         naming the element; ``out`` is then partly written.
         """
@@ -227,54 +223,40 @@ class Prepared:
                 )
         if row_start < 0 or row_start + expected[0] > self._shape[0]:
             raise BadInput(f"rows {row_start} to {row_start + expected[0]} are not in shape {self._shape}.")
-        source, target = _as_rows(W_rows), _as_rows(out)
-        rows = expected[0] if source.numel() else 0
-        pending, start, waiting, doubts = [], 0, 0, 0
+        source, target = as_rows(W_rows), as_rows(out)
+        small = None if residual is None else as_rows(residual)
+        rows, start = expected[0] if source.numel() else 0, 0
+        pending, waiting = list[Done](), 0
+        outcome = Outcome()
         while start < rows:
-            done, found = self._pass.rows(source[start:rows], row_start + start, target[start:rows])
-            start += done
-            pending.append(found)
-            waiting += len(found.near)
+            here = slice(start, rows)
+            done = self._pass.rows(
+                source[here], row_start + start, target[here], None if small is None else small[here]
+            )
+            start += done.rows
+            pending.append(done)
+            waiting += len(done.found.near) + (0 if done.unsure is None else len(done.unsure.near))
             if waiting >= BLOCK_ELEMENTS or start == rows:
-                self._settle(Candidates(*map(torch.cat, zip(*pending, strict=True))), row_start, target)
-                pending, waiting, doubts = [], 0, doubts + waiting
-        return doubts
+                outcome += self._settle(pending, row_start, target, small)
+                pending, waiting = [], 0
+        return outcome
 
-    def _settle(self, found: Candidates, row_start: int, out: Tensor) -> None:
-        """Writes the values of the candidates: those that the bound around them decides, and the rest exactly."""
-        near = found.near
-        if near.numel() <= _FEW:
-            values = torch.empty(near.shape, dtype=self._dtypes[1], device=near.device)
-            index = torch.arange(near.numel(), device=near.device)
-        else:
-            # 2^-51 and the third ηS pay for the rounding of the two ends themselves.
-            margin = (self._eta + 2.0**-51) * near.abs() + 3 * self._eta * self._spread
-            values, other = (round_to(near + side, self._dtypes[1]) for side in (-margin, margin))
-            open_ = (bits(values) != bits(other)) | ~finite(values) | (near == 0)
-            index = open_.nonzero()[:, 0]
-        step = max(1, _EXACT_TERMS // (2 + 2 * len(self._edit.dense) + 4 * self._left.shape[1]))
-        for start in range(0, index.numel(), step):
-            batch = index[start : start + step]
-            values[batch] = self._exact(Candidates(*(x[batch] for x in found)))
-        out[found.rows - row_start, found.columns] = values
-
-    def _exact(self, found: Candidates) -> Tensor:
-        """The correctly rounded values of elements, decided on the CPU."""
-        rows, columns, _, W = found
-        weight = W.double().cpu()
-        self._refuse(~weight.isfinite(), found, "is NaN or infinite in W")
-        dense = [(x.scale, _doubles(_as_rows(x.value)[rows, columns])) for x in self._edit.dense]
-        low_rank = [(x.scale, _doubles(x.left[rows].T), _doubles(x.right[:, columns])) for x in self._edit.low_rank]
-        odd = torch.from_numpy(exact_sum(weight.numpy(), dense, low_rank))
-        signed = torch.where(odd != 0, odd, torch.where(weight == 0, weight, 0.0))
-        values = round_to(signed, self._dtypes[1])
-        self._refuse(~finite(values), found, f"exceeds the largest finite {self._dtypes[1]}")
-        return values.to(W.device)
-
-    def _refuse(self, wrong: Tensor, found: Candidates, what: str) -> None:
-        for j in wrong.nonzero()[:1, 0].tolist():
-            element = [int(found.rows[j]), int(found.columns[j])][: len(self._shape)]
-            raise BadInput(f"element {element} {what}: the merge is refused rather than written wrong.")
+    def _settle(self, pending: Sequence[Done], row_start: int, out: Tensor, small: Tensor | None) -> Outcome:
+        """Writes the values of the candidates, and then what of the residual depended on them."""
+        found = Candidates.all([done.found for done in pending])
+        out[found.rows - row_start, found.columns] = self._forth.values(found)
+        unsure = [done.unsure for done in pending if done.unsure is not None]
+        if self._back is None or small is None or not unsure:
+            return Outcome(len(found.near))
+        rows, columns, delta, W = Candidates.all(unsure)
+        after = out[rows - row_start, columns]
+        predicted = self._back.values(Candidates(rows, columns, after.double() - delta, after))
+        correction = ordered(W.to(self._dtypes[0])) - ordered(predicted)
+        fits = correction.abs() < -UNSURE
+        small[rows - row_start, columns] = torch.where(fits, correction, UNSURE).to(torch.int8)
+        index = ((rows - row_start) * out.shape[1] + columns)[~fits]
+        order = index.argsort()
+        return Outcome(len(found.near), index[order], correction[~fits][order])
 
 
 class Stacked:
@@ -287,32 +269,29 @@ class Stacked:
         self,
         edit: WeightedSum,
         shape: tuple[int, ...],
-        dtype_in: torch.dtype,
-        dtype_out: torch.dtype,
-        device: torch.device,
-        tile_rows_hint: int | None,
-        workspace: Workspace | None,
+        given: tuple[torch.dtype, torch.dtype, torch.device, int | None, Workspace, bool],
     ) -> None:
-        self._edit, self._shape = edit, shape
-        self._arguments = shape[1:], dtype_in, dtype_out, device, tile_rows_hint, workspace or Workspace()
+        self._edit, self._shape, self._given = edit, shape, given
         self._current: tuple[int, Prepared | Stacked] | None = None
 
-    def tile(self, W_rows: Tensor, row_start: int, out: Tensor) -> int:
+    def tile(self, W_rows: Tensor, row_start: int, out: Tensor, residual: Tensor | None = None) -> Outcome:
         """Rows [row_start, row_start + n) of the (n·rows, cols) that the stack is: as ``Prepared.tile``."""
-        doubts, done, height = 0, 0, self._shape[1]
+        outcome, done, height = Outcome(), 0, self._shape[1]
         while done < W_rows.shape[0]:
             index, first = divmod(row_start + done, height)
             if index >= self._shape[0]:
                 raise BadInput(f"row {row_start + done} is not in shape {self._shape}.")
             span = slice(done, min(W_rows.shape[0], done + height - first))
-            doubts += self._matrix(index).tile(W_rows[span], first, out[span])
+            here = None if residual is None else residual[span]
+            found = self._matrix(index).tile(W_rows[span], first, out[span], here)
+            outcome += found.moved(done * self._shape[2])
             done = span.stop
-        return doubts
+        return outcome
 
     def _matrix(self, index: int) -> Prepared | Stacked:
         if self._current is None or self._current[0] != index:
             edit = self._edit[index] if self._edit.shape else self._edit
-            self._current = index, edit.prepare(*self._arguments)
+            self._current = index, edit.prepare(self._shape[1:], *self._given)
         return self._current[1]
 
 

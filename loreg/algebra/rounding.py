@@ -234,9 +234,9 @@ class Screen:
     def __init__(
         self,
         dtype: torch.dtype,
-        size: int,
         eta: float,
         spread: float,
+        size: int,
         device: torch.device,
         workspace: Workspace | None = None,
     ) -> None:

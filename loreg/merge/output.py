@@ -47,8 +47,8 @@ class MergeResult:
     ``base_match``: how well the base fits the adapter that it fits least. ``touched``: the tensors whose bytes may
     differ from the base's. ``seconds``: wall time from the first byte to the rename, verification included; of all
     the outputs of one pass. ``left_out``: files of the base's directory that were not copied, as other weights may
-    be stale copies of these. ``undo_bytes``: the size of the undo journal, None without one. ``composition``: the version that was made
-    first, if the method that was asked for works on factors; None for the others.
+    be stale copies of these. ``undo_bytes``: the size of the undo journal, None without one. ``composition``: the
+    version that was made first, if the method that was asked for works on factors; None for the others.
     """
 
     out: Path

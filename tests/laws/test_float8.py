@@ -135,7 +135,7 @@ def test_small_steps_land_on_ties(dtype: torch.dtype, size: float) -> None:
     left, right = (torch.randint(-3, 4, shape, generator=random).double() for shape in ((40, 2), (2, 37)))
     delta = LowRank(left * unit, right, 1.0)
     edit = WeightedSum((delta,))
-    assert edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W)) > 100
+    assert edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W)).doubt > 100
     check(W, edit, dtype)
 
 
@@ -195,6 +195,8 @@ def test_tiles_and_places_make_no_difference(dtype: torch.dtype) -> None:
     for height in (1, 7, 50):
         prepared = edit.prepare(W.shape, dtype, dtype, tile_rows_hint=3)
         pieces = W.clone()
-        doubts = sum(prepared.tile(pieces[k : k + height], k, pieces[k : k + height]) for k in range(0, 50, height))
-        assert doubts == edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W))
+        doubts = sum(
+            prepared.tile(pieces[k : k + height], k, pieces[k : k + height]).doubt for k in range(0, 50, height)
+        )
+        assert doubts == edit.prepare(W.shape, dtype, dtype).tile(W, 0, torch.empty_like(W)).doubt
         assert torch.equal(bits(pieces), bits(whole))

@@ -37,7 +37,7 @@ def _edited(W: torch.Tensor, edit: WeightedSum, dtype: torch.dtype, cuts: int) -
     prepared = edit.prepare(W.shape, W.dtype, dtype)
     height = -(-len(W) // cuts)
     doubts = sum(
-        prepared.tile(W[first : first + height], first, out[first : first + height])
+        prepared.tile(W[first : first + height], first, out[first : first + height]).doubt
         for first in range(0, len(W), height)
     )
     return out, doubts

@@ -173,7 +173,7 @@ def test_screen_finds_every_boundary(dtype: torch.dtype, count: int) -> None:
     margin = eta * (x.abs() + 2 * spread)
     low, high = round_to(x - margin, dtype), round_to(x + margin, dtype)
     doubtful = ((ordered(low) != ordered(high)) | (x == 0) | ~finite(high) | ~finite(low)).nonzero()
-    screen = Screen(dtype, count + 5, eta, spread, torch.device("cpu"))
+    screen = Screen(dtype, eta, spread, count + 5, torch.device("cpu"))
     screen.carried.fill_(1.0)
     screen.carry(x)
     found = screen.candidates(count)
@@ -189,7 +189,7 @@ def test_screen_finds_every_boundary(dtype: torch.dtype, count: int) -> None:
 def test_screen_is_selective(dtype: torch.dtype, size: float) -> None:
     """Where most values are subnormal in float8, too."""
     x = torch.randn(2**18, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * size
-    screen = Screen(dtype, x.numel(), 24 * 2.0**-53, size, torch.device("cpu"))
+    screen = Screen(dtype, 24 * 2.0**-53, size, x.numel(), torch.device("cpu"))
     screen.carry(x)
     assert screen.candidates(x.numel()).numel() < 2**18 / 500
 
@@ -198,7 +198,7 @@ def test_screen_is_selective(dtype: torch.dtype, size: float) -> None:
 def test_what_the_screen_passes_is_stored_correctly(dtype: torch.dtype) -> None:
     eta, spread = 24 * 2.0**-53, 2.0**-20
     x = boundaries(dtype, seed=6)[:: 5 if dtype.itemsize == 2 else 1]
-    screen = Screen(dtype, x.numel(), eta, spread, torch.device("cpu"))
+    screen = Screen(dtype, eta, spread, x.numel(), torch.device("cpu"))
     screen.carry(x)
     out = torch.empty(x.shape, dtype=dtype)
     screen.store(x, out)
@@ -210,11 +210,11 @@ def test_what_the_screen_passes_is_stored_correctly(dtype: torch.dtype) -> None:
 
 @every_dtype
 def test_screen_flags_what_is_not_finite(dtype: torch.dtype) -> None:
-    screen = Screen(dtype, 5, 2.0**-50, 1e-30, torch.device("cpu"))
+    screen = Screen(dtype, 2.0**-50, 1e-30, 5, torch.device("cpu"))
     top = torch.finfo(dtype).max
     screen.carry(torch.tensor([1.0, math.nan, math.inf, -math.inf, top], dtype=torch.float64))
     assert screen.candidates(5).tolist() == [1, 2, 3, 4]
-    hopeless = Screen(dtype, 5, 2.0**-20, 1.0, torch.device("cpu"))
+    hopeless = Screen(dtype, 2.0**-20, 1.0, 5, torch.device("cpu"))
     hopeless.carry(torch.ones(5, dtype=torch.float64))
     assert hopeless.candidates(5).tolist() == [0, 1, 2, 3, 4]
 

@@ -35,6 +35,17 @@ struct screen { uint64_t tau, top, slack; };
 
 struct doubtful { int64_t *index; double *near, *weight; int64_t count; };
 
+INLINE void append(struct doubtful *d, int64_t index, double near, double weight)
+{
+    d->index[d->count] = index, d->near[d->count] = near, d->weight[d->count++] = weight;
+}
+
+/* Of an undo: by how many storage values W lies from what taking back the delta gives, for each element; UNSURE where
+ * that is to be decided exactly, or is beyond a byte. None is computed where `small` is null. */
+struct residual { int8_t *small; struct screen screen; struct doubtful *unsure; };
+
+#define UNSURE (-128)
+
 INLINE uint32_t word32(double x) { float f = (float)x; uint32_t u; memcpy(&u, &f, 4); return u; }
 
 INLINE void widen(enum dtype dtype, const void *W, int64_t at, int64_t n, double *restrict to)
@@ -86,10 +97,58 @@ INLINE uint64_t narrow(enum dtype dtype, const double *restrict sum, int64_t n, 
     return any;
 }
 
+/* The place of a storage value among all, the two zeros being neighbours: algebra/rounding.py, ordered(). */
+INLINE int32_t ordered16(uint16_t x) { int16_t s = (int16_t)x; return (int16_t)(s ^ ((s >> 15) & 0x7fff)); }
+INLINE int64_t ordered32(uint32_t x) { int32_t s = (int32_t)x; return s ^ ((s >> 31) & 0x7fffffff); }
+
+/* W against what is predicted for it, n elements of raw bits; whether any is beyond a byte. */
+INLINE int compare(enum dtype dtype, const void *W, int64_t at, const uint32_t *restrict predicted, int64_t n,
+                   int8_t *restrict small)
+{
+    if (dtype == BF16) {
+        const uint16_t *were = (const uint16_t *)W + at, *are = (const uint16_t *)predicted;
+        int32_t any = 0;
+        for (int64_t j = 0; j < n; j++) {
+            int32_t by = ordered16(were[j]) - ordered16(are[j]), beyond = by > 127 || by < -127;
+            small[j] = (int8_t)(beyond ? UNSURE : by);
+            any |= beyond;
+        }
+        return any;
+    }
+    const uint32_t *were = (const uint32_t *)W + at;
+    int64_t any = 0;
+    for (int64_t j = 0; j < n; j++) {
+        int64_t by = ordered32(were[j]) - ordered32(predicted[j]), beyond = by > 127 || by < -127;
+        small[j] = (int8_t)(beyond ? UNSURE : by);
+        any |= beyond;
+    }
+    return any != 0;
+}
+
+/* Of one row of a strip whose n sums were rounded: what W' - (sum - W) rounds to, against W. */
+INLINE void look_back(enum dtype in, enum dtype out, const void *W, int64_t at, int64_t n, const double *restrict sum,
+                      const uint32_t *rounded, uint64_t doubts, struct screen s, struct residual *back)
+{
+    double weight[STRIP], after[STRIP], near[STRIP];
+    uint32_t predicted[STRIP];
+    int8_t *small = back->small + at;
+    widen(in, W, at, n, weight);
+    widen(out, rounded, 0, n, after);
+    for (int64_t j = 0; j < n; j++) near[j] = after[j] - (sum[j] - weight[j]);
+    doubts |= narrow(in, near, n, predicted, back->screen);
+    doubts |= (uint64_t)compare(in, W, at, predicted, n, small);
+    if (__builtin_expect(doubts != 0, 0))
+        for (int64_t j = 0; j < n; j++)
+            if (small[j] == UNSURE || is_doubtful(in, near[j], back->screen) || is_doubtful(out, sum[j], s)) {
+                small[j] = UNSURE;
+                append(back->unsure, at + j, sum[j] - weight[j], weight[j]);
+            }
+}
+
 /* A strip of up to ROWS rows, from (i, j0) on. */
 INLINE void strip(enum dtype in, enum dtype out, const void *W, void *to, const double *L, const double *R,
                   int64_t i, int64_t h, int64_t j0, int64_t n, int64_t cols, int64_t r, struct screen s,
-                  struct doubtful *d)
+                  struct doubtful *d, struct residual *back)
 {
     double sum[ROWS][STRIP] __attribute__((aligned(64))), weight[STRIP];
     for (int64_t t = 0; t < ROWS; t++) {
@@ -119,48 +178,56 @@ INLINE void strip(enum dtype in, enum dtype out, const void *W, void *to, const 
     for (int64_t t = 0; t < h; t++) {
         int64_t at = (i + t) * cols + j0, size = out == BF16 ? 2 : 4;
         uint32_t rounded[STRIP];
-        if (__builtin_expect(narrow(out, sum[t], n, rounded, s) != 0, 0)) {
+        uint64_t doubts = narrow(out, sum[t], n, rounded, s);
+        if (back->small) look_back(in, out, W, at, n, sum[t], rounded, doubts, s, back);
+        if (__builtin_expect(doubts != 0, 0)) {
             widen(in, W, at, n, weight); /* before it is overwritten: `to` may be W */
             for (int64_t j = 0; j < n; j++)
-                if (is_doubtful(out, sum[t][j], s)) {
-                    d->index[d->count] = at + j;
-                    d->near[d->count] = sum[t][j];
-                    d->weight[d->count++] = weight[j];
-                }
+                if (is_doubtful(out, sum[t][j], s)) append(d, at + j, sum[t][j], weight[j]);
         }
         memcpy((char *)to + at * size, rounded, n * size);
     }
 }
 
 INLINE int64_t merge(enum dtype in, enum dtype out, const void *W, void *to, const double *L, const double *R,
-                     int64_t rows, int64_t cols, int64_t r, struct screen s, struct doubtful *d, int64_t room)
+                     int64_t rows, int64_t cols, int64_t r, struct screen s, struct doubtful *d,
+                     struct residual *back, int64_t room)
 {
     int64_t block = CACHED / (r ? r : 1) / STRIP * STRIP, high = room / (2 * (cols ? cols : 1)), i = 0;
     if (block < STRIP) block = STRIP;
     high = high > 64 ? 64 : high > ROWS ? high / ROWS * ROWS : high; /* whose elements have room, all doubtful */
-    for (; i < rows && d->count + high * cols <= room; i += high) {
+    for (; i < rows && d->count + high * cols <= room && back->unsure->count + high * cols <= room; i += high) {
         int64_t end = i + high < rows ? i + high : rows;
         for (int64_t j = 0; j < cols; j += block)
             for (int64_t k = i; k < end; k += ROWS)
                 for (int64_t j0 = j; j0 < cols && j0 < j + block; j0 += STRIP)
                     strip(in, out, W, to, L, R, k, end - k < ROWS ? end - k : ROWS, j0,
-                          cols - j0 < STRIP ? cols - j0 : STRIP, cols, r, s, d);
+                          cols - j0 < STRIP ? cols - j0 : STRIP, cols, r, s, d, back);
     }
     return i < rows ? i : rows;
 }
 
+/* As algebra/native/__init__.py has it. `found` is of what was rounded, `unsure` of the residual. */
+struct task {
+    const void *W;
+    void *to;
+    const double *L, *R;
+    int64_t rows, cols, r;
+    struct screen screen;
+    struct doubtful found;
+    int64_t room;
+    int8_t *small;
+    struct screen back;
+    struct doubtful unsure;
+};
+
 /* Rows of W (rows, cols) from the first on, into `to`, which may be W. Returns how many were done: all, unless room
- * for doubtful elements, of which there are *count, may not last. `room` is at least 2·cols. */
+ * for elements in doubt may not last. `room` is at least 2·cols. */
 #define MERGE(NAME, IN, OUT)                                                                                          \
-    FOR_EACH_MACHINE int64_t NAME(const void *W, void *to, const double *L, const double *R, int64_t rows,            \
-                                  int64_t cols, int64_t r, uint64_t tau, uint64_t top, uint64_t slack,                \
-                                  int64_t *index, double *near, double *weight, int64_t room, int64_t *count)         \
+    FOR_EACH_MACHINE int64_t NAME(struct task *t)                                                                     \
     {                                                                                                                 \
-        struct screen s = {tau, top, slack};                                                                          \
-        struct doubtful d = {index, near, weight, 0};                                                                 \
-        int64_t done = merge(IN, OUT, W, to, L, R, rows, cols, r, s, &d, room);                                       \
-        *count = d.count;                                                                                             \
-        return done;                                                                                                  \
+        struct residual back = {t->small, t->back, &t->unsure};                                                       \
+        return merge(IN, OUT, t->W, t->to, t->L, t->R, t->rows, t->cols, t->r, t->screen, &t->found, &back, t->room); \
     }
 
 MERGE(loreg_merge_bf16_bf16, BF16, BF16)
