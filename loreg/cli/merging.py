@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -63,9 +64,26 @@ def _parameters(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+class _Size(click.ParamType[int]):
+    """A number of bytes, such as 900MB or 2GiB."""
+
+    name = "size"
+    _UNITS: ClassVar = {unit + end: 1000**power if end != "ib" else 1024**power
+              for power, unit in enumerate(("", "k", "m", "g", "t")) for end in ("", "b", "ib")}  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        unit = self._UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            self.fail(f"{value!r} is no size: expected bytes, such as 900MB or 2GiB.", param, ctx)
+        return int(float(match[1]) * unit)
+
+
 @click.command(cls=Command)
-@_APPLY
-@_OUT
+@click.option(
+    "--apply", "expressions", metavar="EXPR", required=True, multiple=True, help="Such as 'sql + 0.5*humor'."
+)
+@click.option("--out", "outs", metavar="DIR", required=True, multiple=True, help="Of each --apply, a new directory.")
 @_method
 @click.option("--base", metavar="PATH", help="The model to merge into. [default: the one the adapters name]")
 @click.option("--dtype", metavar="D", help="bfloat16, float16 or float32. [default: as the base has it]")
@@ -79,21 +97,37 @@ def _parameters(options: dict[str, Any]) -> dict[str, Any]:
 )
 @click.option("--allow-base-mismatch", is_flag=True, help="Merge into another base than the adapters name.")
 @click.option("--dequantize", is_flag=True, help="Merge into the 16-bit model of a quantised --base.")
+@click.option(
+    "--memory", metavar="SIZE", type=_Size(), help="What it may take, such as 900MB. [default: as it needs]"
+)
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="[default: the number of cores]")
 @click.pass_obj
-def merge(console: Console, /, expression: str, out: str, **options: Any) -> None:
+def merge(console: Console, /, expressions: tuple[str, ...], outs: tuple[str, ...], **options: Any) -> None:
     """Merge a weighted sum of adapters into their base, exactly.
+
+    Several pairs of --apply and --out are merged in one pass over the base. What was killed goes on, when it is given
+    again, from the shards that it had finished.
 
     \b
       loreg merge --apply sql+humor --out ./model
       loreg merge --apply "0.7*sql:prod - 0.3*humor" --out ./model --dtype bfloat16
       loreg merge --apply "sql + humor" --out ./model --method ties --density 0.5
+      loreg merge --apply sql --out ./sql --apply humor --out ./humor
     """
+    if len(expressions) != len(outs):
+        raise UsageError(f"{len(expressions)} times --apply, {len(outs)} times --out: expected one --out for each.")
     parameters = _parameters(options)
+    wanted = list(zip(expressions, outs, strict=True))
     with console.open() as registry, console.progress() as bar:
-        result = registry.merge(expression, out, progress=bar.stage, parameters=parameters, **options)
+        results = registry.merge_many(wanted, progress=bar.stage, parameters=parameters, **options)
+    documents = [_merge_document(result) for result in results]
+    several = {"merges": documents, "seconds": results[0].seconds}
+    console.emit(documents[0] if len(results) == 1 else several, "\n\n".join(map(_merge_text, results)))
+
+
+def _merge_document(result: MergeResult) -> dict[str, Any]:
     composition = result.composition
-    written = sum(tensor.nbytes for tensor in result.record.tensors)
-    document = {
+    return {
         "out": str(result.out),
         "recipe": str(result.recipe),
         "method": result.method,
@@ -108,24 +142,33 @@ def merge(console: Console, /, expression: str, out: str, **options: Any) -> Non
         "peak_rss_bytes": result.peak_rss_bytes,
         "undo_bytes": result.undo_bytes,
         "left_out": list(result.left_out),
-        "bytes": written,
+        "bytes": _written(result),
     }
-    told = [
-        ("out", result.out),
-        ("recipe", result.recipe),
-        ("method", _method_text(result)),
-        ("weights_root", result.weights_root),
-        ("base", f"matches by {result.base_match.label}"),
-        ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
-        ("verified", verification_text(result.verification)),
-        *([("not copied", ", ".join(result.left_out))] if result.left_out else []),
-        (
-            "took",
-            f"{result.seconds:.2f} s for {text.size(written)}, {text.size(written / max(result.seconds, 1e-9))}/s; "
-            f"at most {text.size(result.peak_rss_bytes)} of memory",
-        ),
-    ]
-    console.emit(document, text.fields(told))
+
+
+def _merge_text(result: MergeResult) -> str:
+    written, seconds = _written(result), max(result.seconds, 1e-9)
+    return text.fields(
+        [
+            ("out", result.out),
+            ("recipe", result.recipe),
+            ("method", _method_text(result)),
+            ("weights_root", result.weights_root),
+            ("base", f"matches by {result.base_match.label}"),
+            ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
+            ("verified", verification_text(result.verification)),
+            *([("not copied", ", ".join(result.left_out))] if result.left_out else []),
+            (
+                "took",
+                f"{seconds:.2f} s for {text.size(written)}, {text.size(written / seconds)}/s; "
+                f"at most {text.size(result.peak_rss_bytes)} of memory",
+            ),
+        ]
+    )
+
+
+def _written(result: MergeResult) -> int:
+    return sum(tensor.nbytes for tensor in result.record.tensors)
 
 
 def _method_text(result: MergeResult) -> str:

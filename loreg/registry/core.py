@@ -187,6 +187,8 @@ class Registry(Versions):
         verify: str = "probe",
         allow_base_mismatch: bool = False,
         dequantize: bool = False,
+        threads: int | None = None,
+        memory: int | None = None,
         progress: Callable[[str, int], Advance] | None = None,
     ) -> MergeResult:
         """W' = round(W + Σ wᵢΔWᵢ) for every tensor of the base, written to the new directory ``out``.
@@ -197,26 +199,35 @@ class Registry(Versions):
         registered. ``method`` and ``parameters``: see ``loreg.format.methods``; one that works on factors composes
         a version first, and merges that. ``dtype``: ``bfloat16``, ``float16`` or ``float32``, for every tensor that
         is one of these or float8. ``verify``: ``probe``, ``exact``, ``forward`` or ``none``. ``dequantize``: merge
-        into the 16-bit model of a quantised base; the result says so. ``progress(label, total bytes)`` gives the
-        callback of one stage. Raises BaseMismatch, Conflict, CheckFailed, BadInput, UsageError;
-        nothing is left at ``out`` then.
+        into the 16-bit model of a quantised base; the result says so. ``threads``: default is as many as torch
+        uses; ``memory``: bytes that this process may be resident with, for which it takes fewer threads and smaller
+        tiles. ``progress(label, total bytes)`` gives the callback of one stage. Raises BaseMismatch, Conflict,
+        CheckFailed, BadInput, UsageError; nothing is left at ``out`` then. A merge that was killed goes on from the
+        shards that it had finished, if it is the same.
         """
-        from loreg.registry.merging import merge
-
-        return merge(
-            self,
-            expression,
-            Path(out),
+        (result,) = self.merge_many(
+            [(expression, out)],
             base=base,
             method=method,
-            parameters=parameters or {},
+            parameters=parameters,
             dtype=dtype,
             device=device,
             verify=verify,
             allow_base_mismatch=allow_base_mismatch,
             dequantize=dequantize,
+            threads=threads,
+            memory=memory,
             progress=progress,
         )
+        return result
+
+    def merge_many(self, wanted: Iterable[tuple[str, str | Path]], **options: Any) -> list[MergeResult]:
+        """Several merges into one base: each an expression and its new directory, with the options of ``merge`` for
+        all. The base is read once. All of them are there in the end, or none."""
+        from loreg.registry.merging import MergeOptions, merge_many
+
+        options["parameters"] = options.get("parameters") or {}
+        return merge_many(self, [(expression, Path(out)) for expression, out in wanted], MergeOptions(**options))
 
     def unmerge(
         self, merged: str | Path, out: str | Path, *, base: str | Path | None = None, advance: Advance = silent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.forward import check_plan
 from loreg.merge.inputs import AdapterInput
 from loreg.merge.output import RECORD, Composition, MergeResult, Output, write_merges
-from loreg.merge.plan import plan_merge
+from loreg.merge.plan import MergePlan, plan_merge
 from loreg.merge.resources import Resources
 from loreg.merge.undo import unmerge_from_base
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
@@ -50,36 +50,51 @@ class Unmerged:
     method: str
 
 
-def merge(
-    registry: Registry,
-    expression: str,
-    out: Path,
-    *,
-    base: str | Path | None,
-    method: str,
-    parameters: Mapping[str, Any],
-    dtype: str | None,
-    device: str,
-    verify: str,
-    allow_base_mismatch: bool,
-    dequantize: bool,
-    progress: Progress | None,
-) -> MergeResult:
-    """See ``Registry.merge``."""
-    if verify not in KINDS:
-        raise UsageError(f"{verify!r} is not a kind of verification: expected one of {', '.join(KINDS)}.")
-    if dtype is not None and dtype.lower() not in _DTYPES:
-        raise UsageError(f"{dtype!r} is not an output dtype: expected bfloat16, float16 or float32.")
-    target = choose_device(device)
-    full_name, row = methods.method(method)
-    given = methods.parameters(full_name, parameters)
-    adapters = resolve_terms(registry, expression)
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What ``Registry.merge`` takes besides what is merged and where to. ``threads``: None for as many as torch would
+    use; ``memory``: bytes, None for what that takes."""
+
+    base: str | Path | None = None
+    method: str = "linear"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    device: str = "cpu"
+    verify: str = "probe"
+    allow_base_mismatch: bool = False
+    dequantize: bool = False
+    threads: int | None = None
+    memory: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify not in KINDS:
+            raise UsageError(f"{self.verify!r} is not a kind of verification: expected one of {', '.join(KINDS)}.")
+        if self.dtype is not None and self.dtype.lower() not in _DTYPES:
+            raise UsageError(f"{self.dtype!r} is not an output dtype: expected bfloat16, float16 or float32.")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads can merge nothing: expected at least 1.")
+
+    def stage(self, label: str, total: int) -> Advance:
+        return self.progress(label, total) if self.progress else silent
+
+
+def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: MergeOptions) -> list[MergeResult]:
+    """See ``Registry.merge_many``."""
+    outs = [out.absolute() for _, out in wanted]
+    if not outs or len(set(outs)) < len(outs):
+        raise UsageError(f"{len(outs)} merges into {len(set(outs))} directories: expected one for each.")
+    device, stage = choose_device(options.device), options.stage
+    method, row = methods.method(options.method)
+    parameters = methods.parameters(method, options.parameters)
+    given = [resolve_terms(registry, expression) for expression, _ in wanted]
     if not row.keeps_terms:
-        methods.check_count(full_name, given, sum(adapter.weight != 0 for adapter in adapters))
-    stage = progress or (lambda label, total: silent)
+        for adapters in given:
+            methods.check_count(method, parameters, sum(adapter.weight != 0 for adapter in adapters))
+    every = [adapter for adapters in given for adapter in adapters]
     with (
-        _base_for(registry, adapters, base, out, stage) as stored,
-        _plain(stored, out, dequantize, stage) as found,
+        _base_for(registry, every, options.base, outs[0], stage) as stored,
+        _plain(stored, outs[0], options.dequantize, stage) as found,
         ExitStack() as work,
     ):
         planned = partial(
@@ -87,31 +102,47 @@ def merge(
             found.checkpoint,
             found.manifest,
             hub=found.hub,
-            dtype=_DTYPES[dtype.lower()] if dtype else None,
-            allow_mismatch=allow_base_mismatch,
-            known=_known_checkpoints(registry, adapters),
+            dtype=_DTYPES[options.dtype.lower()] if options.dtype else None,
+            allow_mismatch=options.allow_base_mismatch,
+            known=_known_checkpoints(registry, every),
         )
-        made = None
-        if row.composes_only:
-            planned(adapters)  # what is refused of the adapters themselves is refused before all that work
-            require_free(out)
-            made = work.enter_context(_composed(registry, adapters, full_name, given, device, allow_base_mismatch))
-            adapters, full_name, given = [made.input], "linear", {}
-        plan = planned(adapters, method=full_name, parameters=given)
-        if verify == "forward":
-            check_plan(plan)
-
-        def check(folder: Path, record: MergeRecord) -> Verification:
-            subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
-            verification = run_verification(verify, subject, stage("verifying", plan.nbytes))
-            if made is not None and verification.ok:  # the model is never there without what its recipe names
-                made.store()
-            return verification
-
-        (result,) = write_merges(
-            [Output(plan, out, check)], resources=Resources.of(target), advance=stage("merging", plan.nbytes)
+        outputs, stores = [], []
+        for adapters, (_, out) in zip(given, wanted, strict=True):
+            store = None
+            if row.composes_only:
+                planned(adapters)  # what is refused of the adapters themselves is refused before all that work
+                require_free(out)
+                made = work.enter_context(_composed(registry, adapters, method, parameters, options))
+                plan, store = planned([made.input], method="linear", parameters={}), made.store
+            else:
+                plan = planned(adapters, method=method, parameters=parameters)
+            if options.verify == "forward":
+                check_plan(plan)
+            outputs.append(Output(plan, out, _check(plan, found, store, options)))
+            stores.append(store)
+        plans = [output.plan for output in outputs]
+        results = write_merges(
+            outputs,
+            resources=Resources.of(device, plans, threads=options.threads, memory=options.memory),
+            advance=stage("merging", sum(plan.nbytes for plan in plans)),
         )
-        return result if made is None else replace(result, composition=made.store())
+    return [
+        result if store is None else replace(result, composition=store())
+        for result, store in zip(results, stores, strict=True)
+    ]
+
+
+def _check(
+    plan: MergePlan, found: _Found, store: Callable[[], Composition] | None, options: MergeOptions
+) -> Callable[[Path, MergeRecord], Verification]:
+    def check(folder: Path, record: MergeRecord) -> Verification:
+        subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
+        verification = run_verification(options.verify, subject, options.stage("verifying", plan.nbytes))
+        if store is not None and verification.ok:  # the model is never there without what its recipe names
+            store()
+        return verification
+
+    return check
 
 
 class _Composed(NamedTuple):
@@ -127,8 +158,7 @@ def _composed(
     adapters: Sequence[AdapterInput],
     method: str,
     parameters: Mapping[str, Any],
-    device: str,
-    any_base: bool,
+    options: MergeOptions,
 ) -> Iterator[_Composed]:
     """The factors of the adapters combined, to become a version that the recipe can name by its digest.
 
@@ -136,7 +166,7 @@ def _composed(
     version's name is the method and a digest of what it is made of, so that it is in nobody's way. Stored only when
     the merge of it is written and verified: one that is refused, or killed, leaves nothing behind.
 
-    ``any_base``: whether any base was allowed for the merge, which the version itself, of one base, gains nothing by.
+    That any base is allowed for the merge is of no use to the version itself, which has one base.
     """
     from loreg.registry.composing import combination
     from loreg.registry.spill import spilling
@@ -147,10 +177,10 @@ def _composed(
     with ExitStack() as work:
         try:
             made = work.enter_context(
-                combination(registry, summed, name, method=method, parameters=parameters, device=device)
+                combination(registry, summed, name, method=method, parameters=parameters, device=options.device)
             )
         except BaseMismatch as error:
-            if not any_base:
+            if not options.allow_base_mismatch:
                 raise
             raise BaseMismatch(
                 f"--allow-base-mismatch does not apply to adapters of different bases with {method}, which makes one "
