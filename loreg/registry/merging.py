@@ -81,7 +81,7 @@ class MergeOptions:
 
 def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: MergeOptions) -> list[MergeResult]:
     """See ``Registry.merge_many``."""
-    outs = [out.absolute() for _, out in wanted]
+    outs = [out.resolve() for _, out in wanted]
     if not outs or len(set(outs)) < len(outs):
         raise UsageError(f"{len(outs)} merges into {len(set(outs))} directories: expected one for each.")
     device, stage = choose_device(options.device), options.stage
