@@ -29,7 +29,7 @@ _CHUNK = 4 << 20
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 )
-_OWN_FILES = frozenset({"loreg.json", *_INDICES})
+_OWN_FILES = frozenset({"loreg.json", "loreg.undo", *_INDICES})
 
 # A file changed within one clock tick of being read keeps its stamp, so a fresh stamp is not cached (git's
 # "racy" index entries). Two seconds covers the coarsest clock of a file system in use.

@@ -39,7 +39,7 @@ FLOORS = {
 # Heavy or foreign libraries, and the only rooms that may name them.
 ALLOWED = {
     "torch": {"algebra", "tensors", "quantised", "adapters", "merge", "registry", "serving"},
-    "numpy": {"algebra", "adapters"},
+    "numpy": {"algebra", "adapters", "merge"},
     "mpmath": {"algebra"},
     "sqlalchemy": {"catalog", "registry"},
     "alembic": {"catalog"},

@@ -157,6 +157,7 @@ def _merge_text(result: MergeResult) -> str:
             ("base", f"matches by {result.base_match.label}"),
             ("touched", f"{len(result.touched):,} of {text.plural(len(result.record.tensors), 'tensor')}"),
             ("verified", verification_text(result.verification)),
+            *([("journal", text.size(result.undo_bytes))] if result.undo_bytes is not None else []),
             *([("not copied", ", ".join(result.left_out))] if result.left_out else []),
             (
                 "took",
@@ -184,15 +185,22 @@ def _method_text(result: MergeResult) -> str:
 @click.argument("merged", metavar="DIR")
 @_OUT
 @click.option("--base", metavar="PATH", help="The model that it was merged from. [default: the registered one]")
+@click.option(
+    "--journal/--no-journal", default=None, help="Whether from the journal. [default: if the base is not at hand]"
+)
 @click.pass_obj
-def unmerge(console: Console, merged: str, out: str, base: str | None) -> None:
+def unmerge(console: Console, merged: str, out: str, base: str | None, journal: bool | None) -> None:
     """Give back the base of a merged model, bit for bit.
+
+    Without the base at hand this takes the journal that 'loreg merge --undo' wrote, and the adapters.
 
     \b
       loreg unmerge ./model --out ./base
     """
+    if base is not None and journal:
+        raise UsageError("--base and --journal exclude each other: the journal is for when the base is not at hand.")
     with console.open() as registry, console.progress() as bar:
-        result = registry.unmerge(merged, out, base=base, advance=bar.stage("unmerging", 0))
+        result = registry.unmerge(merged, out, base=base, journal=journal, advance=bar.stage("unmerging", 0))
     document = {
         "out": str(result.out),
         "weights_root": str(result.weights_root),

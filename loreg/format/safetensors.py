@@ -110,8 +110,9 @@ def read_header(file: BinaryIO, size: int, *, what: str) -> Header:
     return parse_header(prefix + text, size, what=what)
 
 
-def parse_header(raw: bytes, size: int, *, what: str) -> Header:
-    """Parse the first ``8 + n`` bytes of a file of ``size`` bytes [S2–S5]. Raises BadInput."""
+def parse_header(raw: bytes, size: int | None, *, what: str) -> Header:
+    """Parse the first ``8 + n`` bytes of a file of ``size`` bytes, None where only they are there [S2–S5]. Raises
+    BadInput."""
     text = raw[8:].rstrip(b" ")
     if not (text.startswith(b"{") and text.endswith(b"}")):  # [S2]
         raise BadInput(f"{what} is not a safetensors file: its header is not '{{' to '}}' and then spaces.")
@@ -129,7 +130,7 @@ def parse_header(raw: bytes, size: int, *, what: str) -> Header:
                 f"found {tensor.start:,}."
             )
         position = tensor.end
-    if len(raw) + position != size:  # [S5]
+    if size is not None and len(raw) + position != size:  # [S5]
         raise BadInput(
             f"{what} is {'truncated' if size < len(raw) + position else 'too long'}: its header describes "
             f"{len(raw) + position:,} bytes, found {size:,}; fetch it again."

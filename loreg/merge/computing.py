@@ -16,6 +16,8 @@ from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
 from loreg.merge.combining import Combining
 from loreg.merge.files import OutputFile
+from loreg.merge.inputs import values
+from loreg.merge.journal import Recorder, Spill
 from loreg.merge.layout import Action, OutputShard, OutputTensor
 from loreg.merge.resources import Resources
 from loreg.tensors import from_buffer, to_memory, torch_dtype
@@ -23,13 +25,19 @@ from loreg.tensors import from_buffer, to_memory, torch_dtype
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """A tensor of one output, and where it goes. ``changed``: takes the digests of what a merge changed."""
+    """A tensor of one output, and where it goes.
+
+    ``changed``: takes the digests of what a merge changed. ``original``: the base's tensor of that name, if there is
+    one. ``spill``: takes what undoes the merge, if that is wanted.
+    """
 
     tensor: OutputTensor
     shard: OutputShard
     output: OutputFile
     combining: Combining
     changed: dict[str, Digest]
+    original: StoredTensor | None = None
+    spill: Spill | None = None
 
     @property
     def position(self) -> int:
@@ -41,8 +49,20 @@ class Sink:
         """The shape in which it is edited."""
         return self.tensor.edit.view(self.tensor.info.shape)
 
+    @property
+    def edits_original(self) -> bool:
+        """Whether it is computed from the base's tensor of its name."""
+        return self.tensor.action is Action.COMPUTE and self.tensor.stored == self.original
 
-class _Scratch(threading.local):
+    @property
+    def recorder(self) -> Recorder | None:
+        """What takes the base's tensor for the journal, if there is one and it changes."""
+        if self.spill is None or self.original is None or self.tensor.action is Action.COPY:
+            return None
+        return Recorder(self.spill, self.original.info)
+
+
+class Scratch(threading.local):
     """What a thread computes in: fresh pages for each tensor would cost more than the arithmetic.
 
     For a CUDA device the host's side is page-locked and the work is on a stream of the thread's own, so that one
@@ -55,11 +75,18 @@ class _Scratch(threading.local):
         self.stream = _stream(resources.device)
         self.tile = self._host(resources.tile_bytes)
         self._back: torch.Tensor | None = None
+        self._spare = memoryview(b"")
 
     def _host(self, size: int) -> memoryview:
         if self.stream is None:
             return memoryview(bytearray(size))
         return to_memory(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+
+    def spare(self, size: int) -> memoryview:
+        """Another buffer of ``size`` bytes, of whatever values are there; the same at each call."""
+        if len(self._spare) < size:
+            self._spare = memoryview(bytearray(size))
+        return self._spare[:size]
 
     def context(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -85,7 +112,7 @@ class Computation:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._scratch = _Scratch(resources)
+        self._scratch = Scratch(resources)
 
     def write(self, sinks: Sequence[Sink], advance: Advance) -> None:
         """All ``sinks`` of one tensor of the base, of one view: copied where nothing happens to it."""
@@ -105,7 +132,7 @@ class Computation:
                     on_device = W.to(scratch.device, non_blocking=True)
                     for edit in edits:
                         # In place for the last, where the dtype stays: nobody needs W after it.
-                        advance(edit.tile(on_device, first, in_place=edit is edits[-1]))
+                        advance(edit.tile(on_device, first, raw, in_place=edit is edits[-1]))
                     done += len(raw)
                 if before.digest() != content:
                     raise BadInput(
@@ -121,30 +148,62 @@ class Computation:
 class _Edited:
     """One edit of a tensor, tile by tile into its output."""
 
-    def __init__(self, sink: Sink, stored: StoredTensor, scratch: _Scratch) -> None:
+    def __init__(self, sink: Sink, stored: StoredTensor, scratch: Scratch) -> None:
         info = sink.tensor.info
         self.shape = sink.view
         self._sink, self._scratch = sink, scratch
         self._target = torch_dtype(info.dtype, info.name)
         dtype = torch_dtype(stored.info.dtype, info.name)
-        edit = sink.tensor.edit.load(info.name, stored, sink.combining, scratch.device)
-        self._prepared = edit.prepare(self.shape, dtype, self._target, scratch.device, workspace=scratch.workspace)
+        self._recorder = sink.recorder if sink.edits_original else None
+        reads = False
+
+        def before() -> torch.Tensor:
+            nonlocal reads
+            reads = True
+            return values(stored)
+
+        edit = sink.tensor.edit.load(info.name, stored.info.shape, before, sink.combining, scratch.device)
+        # What an edit of the base's own values did is not known without them [U2].
+        self._predictable = not reads and (dtype == self._target or dtype.itemsize < self._target.itemsize)
+        self._prepared = edit.prepare(
+            self.shape, dtype, self._target, scratch.device,
+            workspace=scratch.workspace, residual=self._recorder is not None and self._predictable,
+        )  # fmt: skip
         self._after, self._position = Hasher(), sink.position
 
-    def tile(self, W: torch.Tensor, first: int, *, in_place: bool) -> int:
-        """The rows from ``first`` on; returns the bytes written."""
-        out = W
-        if not in_place or W.dtype != self._target:
-            out = self._scratch.workspace.take("out", W.numel(), self._target, W.device).view(W.shape)
-        self._prepared.tile(W, first, out)
-        raw = self._scratch.bytes_of(out)
-        self._after.update(raw)
-        self._sink.output.write(raw, self._position)
-        self._position += len(raw)
-        return len(raw)
+    def tile(self, W: torch.Tensor, first: int, raw: memoryview, *, in_place: bool) -> int:
+        """The rows from ``first`` on, of these bytes; returns the number that it wrote."""
+        out, take = W, self._scratch.workspace.take
+        if not in_place or W.dtype != self._target or self._recorder is not None:
+            out = take("out", W.numel(), self._target, W.device).view(W.shape)
+        if self._recorder is None:
+            self._prepared.tile(W, first, out)
+        elif not self._predictable:
+            self._prepared.tile(W, first, out)
+            self._recorder.whole(raw)
+        else:
+            small = take("residual", W.numel(), torch.int8, W.device).view(W.shape)
+            outcome = self._prepared.tile(W, first, out, small)
+            self._recorder.add(raw, small.view(-1).cpu().numpy(), outcome.wide.cpu().numpy())
+        written = self._scratch.bytes_of(out)
+        self._after.update(written)
+        self._sink.output.write(written, self._position)
+        self._position += len(written)
+        return len(written)
 
     def finish(self) -> None:
+        if self._recorder is not None:
+            self._recorder.finish()
         self._sink.changed[self._sink.tensor.info.name] = self._after.digest()
+
+
+def keep(sink: Sink) -> None:
+    """The base's own tensor into the journal, where it is replaced by another."""
+    recorder, original = sink.recorder, sink.original
+    if recorder is not None and original is not None:
+        for piece in original.chunks():
+            recorder.whole(piece)
+        recorder.finish()
 
 
 def tiles(

@@ -10,7 +10,6 @@ import torch
 
 from loreg.algebra.delta import Dense
 from loreg.algebra.edits import WeightedSum
-from loreg.checkpoint import StoredTensor
 from loreg.errors import BadInput
 from loreg.format.module import FullTensor, Module
 from loreg.merge.combining import Combining
@@ -100,13 +99,18 @@ class TensorEdit:
             return found[2].view
         return shape if len(shape) == 2 else (prod(shape),)
 
-    def load(self, name: str, stored: StoredTensor, combining: Combining, device: torch.device) -> WeightedSum:
-        """The edit of the tensor ``name`` as a value, in the shape of ``view``; what has to be computed is, on
-        ``device``. ``stored``: what it is made from, which has another name where two tied tensors become two."""
-        view = self.view(stored.info.shape)
+    def load(
+        self, name: str, shape: tuple[int, ...], before: Base, combining: Combining, device: torch.device
+    ) -> WeightedSum:
+        """The edit of the tensor ``name``, of ``shape``, as a value, in the shape of ``view``.
+
+        What has to be computed is, on ``device``. ``before``: brings what it is made from; asked only by what reads
+        it.
+        """
+        view = self.view(shape)
 
         def base() -> torch.Tensor:
-            return values(stored).reshape(view).to(device)
+            return before().reshape(view).to(device)
 
         found = [(part.adapter, part.load(base, view, device)) for part in self.parts]
         return combining.combine(name, view, found, device)

@@ -10,18 +10,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from loreg.checkpoint import Advance
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
-from loreg.merge.computing import Computation, Sink
+from loreg.merge.computing import Computation, Sink, keep
 from loreg.merge.files import OutputFile, OutputFiles, copy_range
+from loreg.merge.journal import Spill
 from loreg.merge.layout import Action, OutputShard
 from loreg.merge.plan import MergePlan
 from loreg.merge.resources import Resources
-from loreg.merge.resume import Finished
+from loreg.merge.resume import Finished, Written
 from loreg.merge.workers import drop, workers
 
 _AHEAD = 1
@@ -30,12 +31,22 @@ _AHEAD = 1
 
 @dataclass(frozen=True)
 class Target:
-    """One output: a plan, and the folder that its shards are written into. ``execute`` fills ``digests``: of the
-    contents of the tensors that changed."""
+    """One output: a plan, and the folder that its shards are written into. ``undo``: whether with what takes it back.
+    ``execute`` fills ``written``, by the names of the shards."""
 
     plan: MergePlan
     folder: Path
-    digests: dict[str, Digest] = field(default_factory=dict)
+    undo: bool = False
+    written: dict[str, Written] = field(default_factory=dict)
+
+    @cached_property
+    def finished(self) -> Finished:
+        return Finished(self.folder, self.plan.recipe.digest, undo=self.undo)
+
+    @property
+    def digests(self) -> dict[str, Digest]:
+        """Of the contents of the tensors that changed."""
+        return {name: digest for shard in self.written.values() for name, digest in shard.changed.items()}
 
 
 def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance) -> None:
@@ -44,23 +55,20 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
     The plans are of one base. ``advance`` is told the bytes written. Raises BadInput if an input is unreadable or not
     what was planned, or an element cannot be merged; CheckFailed if the disk is full or fails.
     """
-    finished = [Finished(target.folder, target.plan.recipe.digest) for target in targets]
-    for target, found in zip(targets, finished, strict=True):
-        found.keep_only(target.plan.shards)
+    for target in targets:
+        target.finished.keep_only(target.plan.shards)
     begun: deque[_Shard] = deque()
     with OutputFiles() as files, workers(resources.device, resources.threads) as pool:
         work = _Work(files, pool, Computation(resources), advance)
         try:
             for shards in zip(*(target.plan.shards for target in targets), strict=True):
-                begun.append(_Shard(list(zip(targets, finished, shards, strict=True)), work))
+                begun.append(_Shard(list(zip(targets, shards, strict=True)), work))
                 if len(begun) > _AHEAD:
                     begun.popleft().end()
             while begun:
                 begun.popleft().end()
         finally:
             drop([job for shard in begun for job in shard.jobs])
-    for found in finished:
-        found.forget()
 
 
 @dataclass(frozen=True)
@@ -76,19 +84,23 @@ class _Work:
 class _Shard:
     """A shard of the base on its way into each output that has not finished it."""
 
-    def __init__(self, outputs: Sequence[tuple[Target, Finished, OutputShard]], work: _Work) -> None:
+    def __init__(self, outputs: Sequence[tuple[Target, OutputShard]], work: _Work) -> None:
         sinks: list[Sink] = []
         self._open: list[tuple[OutputFile, Callable[[], None]]] = []
-        for target, finished, shard in outputs:
-            there = finished.digests(shard, work.advance)
+        for target, shard in outputs:
+            there = target.finished.found(shard, work.advance)
             if there is not None:
-                target.digests.update(there)
+                target.written[shard.name] = there
                 continue
             changed: dict[str, Digest] = {}
+            spill, combining, base = target.finished.spill(shard), target.plan.combining, target.plan.base.tensors
             output = work.files.create(target.folder / shard.name, shard.header.file_size)
             output.write(memoryview(shard.header.raw), 0)
-            sinks += (Sink(tensor, shard, output, target.plan.combining, changed) for tensor in shard.tensors)
-            self._open.append((output, partial(_record, target, finished, shard, changed)))
+            sinks += (
+                Sink(tensor, shard, output, combining, changed, base.get(tensor.info.name), spill)
+                for tensor in shard.tensors
+            )
+            self._open.append((output, partial(_record, target, shard, changed, spill)))
         self.jobs: list[Future[None]] = [work.pool.submit(job) for job in _jobs(sinks, work)]
 
     def end(self) -> None:
@@ -102,9 +114,8 @@ class _Shard:
             output.finish(then)
 
 
-def _record(target: Target, finished: Finished, shard: OutputShard, changed: dict[str, Digest]) -> None:
-    finished.record(shard, changed)
-    target.digests.update(changed)
+def _record(target: Target, shard: OutputShard, changed: dict[str, Digest], spill: Spill | None) -> None:
+    target.written[shard.name] = target.finished.record(shard, changed, spill)
 
 
 def _jobs(sinks: Sequence[Sink], work: _Work) -> Iterator[Callable[[], None]]:
@@ -132,6 +143,8 @@ def _jobs(sinks: Sequence[Sink], work: _Work) -> Iterator[Callable[[], None]]:
     for sink in sinks:
         if sink.tensor.action is Action.REPLACE:
             yield partial(_replace, sink, work.advance)
+        if sink.tensor.action is not Action.COPY and not sink.edits_original:
+            yield partial(keep, sink)
 
 
 def _runs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from loreg.algebra.delta import LowRank
 from loreg.algebra.densify import dense_delta
 from loreg.algebra.edits import WeightedSum
 from loreg.errors import Unsupported
-from loreg.merge.inputs import CPU
+from loreg.merge.inputs import CPU, values
 from loreg.merge.layout import Action
 from loreg.merge.samples import Runnable, failing
 
@@ -134,7 +135,8 @@ def _adapt(model: Any, subject: Subject) -> None:
             raise Unsupported(f"{name!r} is no parameter of {type(model).__name__}, so the model cannot be compared.")
         path, _, parameter = owners[live[name]].rpartition(".")
         layer = model.get_submodule(path)
-        edit = output.edit.load(name, output.stored, subject.combining, CPU)
+        before = partial(values, output.stored)
+        edit = output.edit.load(name, output.stored.info.shape, before, subject.combining, CPU)
         found = output.edit.module()
         if found is not None and found[2].kind in _HOOKED and parameter == "weight":
             for delta in edit.low_rank:

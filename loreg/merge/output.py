@@ -16,8 +16,11 @@ from loreg.checkpoint import Advance
 from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, Match, identify
+from loreg.format.journal import BESIDE, HEADER, Undoes
+from loreg.format.journal import FILE as JOURNAL
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.execute import Target, execute
+from loreg.merge.journal import write_journal
 from loreg.merge.layout import OutputTensor
 from loreg.merge.plan import MergePlan, check_space
 from loreg.merge.resources import Resources
@@ -80,12 +83,13 @@ class MergeResult:
 class Output:
     """One merge of several: its plan, and the directory that it becomes, which must not exist or be empty.
 
-    ``verify`` is called on what was written, before it has its name.
+    ``verify`` is called on what was written, before it has its name. ``undo``: whether a journal is written with it.
     """
 
     plan: MergePlan
     out: Path
     verify: Callable[[Path, MergeRecord], Verification]
+    undo: bool = False
 
 
 def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Advance) -> list[MergeResult]:
@@ -103,11 +107,10 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
                 refuse_inside(output.out, base.root)
             folders.append(stack.enter_context(staged(output.out, output.plan.recipe.digest, resume=True)))
         check_space([output.plan for output in outputs], folders)
-        targets = [Target(output.plan, folder) for output, folder in zip(outputs, folders, strict=True)]
+        targets = [Target(output.plan, folder, output.undo) for output, folder in zip(outputs, folders, strict=True)]
         execute(targets, resources=resources, advance=advance)
         records = [_record(target.plan, target.digests) for target in targets]
-        for target, record in zip(targets, records, strict=True):
-            _write_side_files(target.plan, target.folder, record)
+        journals = [_finish(target, record) for target, record in zip(targets, records, strict=True)]
         base.check_unchanged()
         verifications = [
             _verified(output, folder, record)
@@ -115,8 +118,8 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
         ]
     seconds, peak = time.monotonic() - began, _peak_rss()
     return [
-        _result(output, record, verification, seconds, peak)
-        for output, record, verification in zip(outputs, records, verifications, strict=True)
+        _result(output, record, verification, seconds, peak, journal)
+        for output, record, verification, journal in zip(outputs, records, verifications, journals, strict=True)
     ]
 
 
@@ -128,7 +131,7 @@ def _verified(output: Output, folder: Path, record: MergeRecord) -> Verification
 
 
 def _result(
-    output: Output, record: MergeRecord, verification: Verification, seconds: float, peak: int
+    output: Output, record: MergeRecord, verification: Verification, seconds: float, peak: int, journal: int | None
 ) -> MergeResult:
     plan = output.plan
     return MergeResult(
@@ -140,6 +143,7 @@ def _result(
         seconds,
         peak,
         tuple(str(path) for path in plan.base.left_out()),
+        journal,
     )
 
 
@@ -178,17 +182,46 @@ def _unchanged(tensor: OutputTensor) -> Digest:
     return tensor.content
 
 
-def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> None:
+def _finish(target: Target, record: MergeRecord) -> int | None:
+    """What stands beside the weights, all flushed; the bytes of the journal, None without one."""
+    plan, folder = target.plan, target.folder
+    before = _write_side_files(plan, folder, record)
+    size = _write_journal(target, record, before) if target.undo else None
+    target.finished.forget()
+    sync_tree(folder)
+    return size
+
+
+def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> dict[str, bytes]:
+    """Config, index and record, and copies of the rest; what the base has otherwise, by name."""
+    base = plan.base.root
     for relative in plan.base.side_files():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.base.root / relative, target)
+        shutil.copyfile(base / relative, target)
     _restate_config(plan, folder / "config.json")
     if plan.index is not None:
         name, raw = plan.index
         (folder / name).write_bytes(raw)
     (folder / RECORD).write_bytes(record.dump())
-    sync_tree(folder)
+    own = ["config.json", RECORD] + ([plan.index[0]] if plan.index else [])
+    before = {} if plan.base.lone else {name: (base / name).read_bytes() for name in own if (base / name).is_file()}
+    return {name: raw for name, raw in before.items() if raw != (folder / name).read_bytes()}
+
+
+def _write_journal(target: Target, record: MergeRecord, before: dict[str, bytes]) -> int:
+    """What takes the merge back without the base [U1]; its size in bytes."""
+    recipe, base = target.plan.recipe, target.plan.base
+    short = {BESIDE + name: raw for name, raw in before.items()}
+    for shard, other in zip(base.shards, target.plan.shards, strict=True):
+        if shard.header.raw != other.header.raw:
+            short[HEADER + shard.name] = shard.header.raw
+    entries = {
+        name: (shard.spill, entry) for shard in target.written.values() for name, entry in (shard.undo or {}).items()
+    }
+    return write_journal(
+        target.folder / JOURNAL, Undoes(recipe.digest, recipe.base, record.weights_root), entries, short
+    )
 
 
 def _restate_config(plan: MergePlan, path: Path) -> None:

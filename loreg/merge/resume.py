@@ -11,21 +11,33 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loreg.checkpoint import Advance, FileStamp, Shard, StoredTensor
 from loreg.digest import Digest, Hasher
 from loreg.errors import LoregError
+from loreg.merge.journal import Entry, Spill, holds
 from loreg.merge.layout import Action, OutputShard, OutputTensor
 
 _FOLDER = ".finished"
 
 
-class Finished:
-    """The finished shards in ``folder``, of the merge of ``recipe``."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A shard that is on the disk: the content digests of what ``changed`` in it, and what undoes that: ``undo``, the
+    entries of the journal by their names, in the file ``spill``; None without."""
 
-    def __init__(self, folder: Path, recipe: Digest) -> None:
-        self._folder, self._recipe = folder, recipe
+    changed: dict[str, Digest]
+    spill: Path
+    undo: dict[str, Entry] | None
+
+
+class Finished:
+    """The finished shards in ``folder``, of the merge of ``recipe``. ``undo``: whether with what undoes them."""
+
+    def __init__(self, folder: Path, recipe: Digest, *, undo: bool = False) -> None:
+        self._folder, self._recipe, self._undo = folder, recipe, undo
         self._records = folder / _FOLDER
 
     def keep_only(self, shards: Iterable[OutputShard]) -> None:
@@ -35,40 +47,68 @@ class Finished:
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def digests(self, shard: OutputShard, advance: Advance) -> dict[str, Digest] | None:
-        """The content digests of what the merge changed in a shard that is there whole, of whose bytes ``advance`` is
-        told; None, and no file of its name, if it is to be written."""
-        said = self._record(shard)
-        path = self._folder / shard.name
-        if said is not None and _holds(path, shard, said):
+    def spill(self, shard: OutputShard) -> Spill | None:
+        """For what undoes a shard, if that is wanted."""
+        return Spill(self._spilled(shard)) if self._undo else None
+
+    def _spilled(self, shard: OutputShard) -> Path:
+        return self._records / f"{shard.name}.undo"
+
+    def found(self, shard: OutputShard, advance: Advance) -> Written | None:
+        """What the merge changed in a shard that is there whole, of whose bytes ``advance`` is told.
+
+        None, and no file of its name, if it is to be written.
+        """
+        said, path = self._record(shard), self._folder / shard.name
+        if said is not None and _holds(path, shard, said.changed) and self._undoes(shard, said):
             advance(sum(tensor.info.nbytes for tensor in shard.tensors))
             return said
         path.unlink(missing_ok=True)
-        (self._records / f"{shard.name}.json").unlink(missing_ok=True)
+        for left in (self._spilled(shard), self._records / f"{shard.name}.json"):
+            left.unlink(missing_ok=True)
         return None
 
-    def record(self, shard: OutputShard, digests: Mapping[str, Digest]) -> None:
-        """That the shard is on the disk, with tensors of these ``digests`` changed."""
+    def _undoes(self, shard: OutputShard, said: Written) -> bool:
+        if not self._undo:
+            return True
+        try:
+            return said.undo is not None and holds(self._spilled(shard), said.undo)
+        except (OSError, LoregError):
+            return False
+
+    def record(self, shard: OutputShard, changed: Mapping[str, Digest], spill: Spill | None) -> Written:
+        """That the shard is on the disk, with tensors of these digests ``changed``."""
         self._records.mkdir(exist_ok=True)
-        document = {"recipe": self._recipe.hex, "changed": {name: digest.hex for name, digest in digests.items()}}
+        if spill is not None:
+            spill.flush()
+        entries = None if spill is None else spill.entries
+        document = {
+            "recipe": self._recipe.hex,
+            "changed": {name: digest.hex for name, digest in changed.items()},
+            "undo": None if entries is None else {name: entry.to_json() for name, entry in entries.items()},
+        }
         fresh = self._records / f"{shard.name}.new"
         with fresh.open("w", encoding="utf-8") as file:
             json.dump(document, file)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(fresh.with_suffix(".json"))
+        return Written(dict(changed), self._spilled(shard), entries)
 
     def forget(self) -> None:
         """All records: the merge is whole."""
         if self._records.exists():
             shutil.rmtree(self._records)
 
-    def _record(self, shard: OutputShard) -> dict[str, Digest] | None:
+    def _record(self, shard: OutputShard) -> Written | None:
         try:
             document = json.loads((self._records / f"{shard.name}.json").read_bytes())
             if document["recipe"] != self._recipe.hex:
                 return None
-            return {str(name): Digest(digest) for name, digest in document["changed"].items()}
+            changed = {str(name): Digest(digest) for name, digest in document["changed"].items()}
+            undo = document["undo"]
+            entries = None if undo is None else {str(name): Entry.from_json(entry) for name, entry in undo.items()}
+            return Written(changed, self._spilled(shard), entries)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, LoregError):
             return None  # none, or one that was not written to its end
 

@@ -185,11 +185,12 @@ def _touched(subject: Subject, judge: Callable[[_Weight, int], str], found: str)
 
     def look(seed: int, name: str) -> str:
         merged, output = subject.merged.tensors[name], outputs[name]
-        if output.action is Action.REPLACE or output.stored is None:
+        stored = output.stored
+        if output.action is Action.REPLACE or stored is None:
             return _replaced(merged, output.edit)
         view = output.edit.view(output.info.shape)
-        edit = output.edit.load(name, output.stored, subject.combining, CPU)
-        return judge(_Weight(values(output.stored).reshape(view), values(merged).reshape(view), edit), seed)
+        edit = output.edit.load(name, stored.info.shape, partial(values, stored), subject.combining, CPU)
+        return judge(_Weight(values(stored).reshape(view), values(merged).reshape(view), edit), seed)
 
     start = int(subject.record.recipe.digest.hex[:8], 16)
     jobs = [partial(look, seed, name) for seed, name in enumerate(outputs, start)]

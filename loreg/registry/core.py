@@ -187,6 +187,7 @@ class Registry(Versions):
         verify: str = "probe",
         allow_base_mismatch: bool = False,
         dequantize: bool = False,
+        undo: bool = False,
         threads: int | None = None,
         memory: int | None = None,
         progress: Callable[[str, int], Advance] | None = None,
@@ -199,7 +200,8 @@ class Registry(Versions):
         registered. ``method`` and ``parameters``: see ``loreg.format.methods``; one that works on factors composes
         a version first, and merges that. ``dtype``: ``bfloat16``, ``float16`` or ``float32``, for every tensor that
         is one of these or float8. ``verify``: ``probe``, ``exact``, ``forward`` or ``none``. ``dequantize``: merge
-        into the 16-bit model of a quantised base; the result says so. ``threads``: default is as many as torch
+        into the 16-bit model of a quantised base; the result says so. ``undo``: write a journal, with which
+        ``unmerge`` needs no base. ``threads``: default is as many as torch
         uses; ``memory``: bytes that this process may be resident with, for which it takes fewer threads and smaller
         tiles. ``progress(label, total bytes)`` gives the callback of one stage. Raises BaseMismatch, Conflict,
         CheckFailed, BadInput, UsageError; nothing is left at ``out`` then. A merge that was killed goes on from the
@@ -215,6 +217,7 @@ class Registry(Versions):
             verify=verify,
             allow_base_mismatch=allow_base_mismatch,
             dequantize=dequantize,
+            undo=undo,
             threads=threads,
             memory=memory,
             progress=progress,
@@ -230,12 +233,22 @@ class Registry(Versions):
         return merge_many(self, [(expression, Path(out)) for expression, out in wanted], MergeOptions(**options))
 
     def unmerge(
-        self, merged: str | Path, out: str | Path, *, base: str | Path | None = None, advance: Advance = silent
+        self,
+        merged: str | Path,
+        out: str | Path,
+        *,
+        base: str | Path | None = None,
+        journal: bool | None = None,
+        advance: Advance = silent,
     ) -> Unmerged:
-        """The base of a merged model, bit for bit, in the new directory ``out``; checked against its digests."""
+        """The base of a merged model, bit for bit, in the new directory ``out``; checked against its digests.
+
+        From the base's own files, or where they are not at hand from the ``journal`` that the merge left, if there is
+        one; True or False says which of the two.
+        """
         from loreg.registry.merging import unmerge
 
-        return unmerge(self, Path(merged), Path(out), base, advance)
+        return unmerge(self, Path(merged), Path(out), base, journal, advance)
 
     def compose(
         self,

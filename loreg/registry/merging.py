@@ -16,13 +16,15 @@ from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
 from loreg.format import canonical_json, methods
 from loreg.format.base import BaseManifest, BaseReference, HubPin
+from loreg.format.journal import FILE as JOURNAL
 from loreg.format.recipe import DTYPE_NAMES, MergeRecord
 from loreg.merge.forward import check_plan
 from loreg.merge.inputs import AdapterInput
+from loreg.merge.journal import Journal
 from loreg.merge.output import RECORD, Composition, MergeResult, Output, write_merges
 from loreg.merge.plan import MergePlan, plan_merge
 from loreg.merge.resources import Resources
-from loreg.merge.undo import unmerge_from_base
+from loreg.merge.undo import unmerge_from_base, unmerge_from_journal
 from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
 from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
@@ -42,7 +44,7 @@ Progress = Callable[[str, int], Advance]
 
 @dataclass(frozen=True, slots=True)
 class Unmerged:
-    """The outcome of an unmerge. ``method``: ``base``, the base's own files (the ``journal`` is to come)."""
+    """The outcome of an unmerge. ``method``: ``base``, from the base's own files, or ``journal``."""
 
     out: Path
     weights_root: Digest
@@ -63,6 +65,7 @@ class MergeOptions:
     verify: str = "probe"
     allow_base_mismatch: bool = False
     dequantize: bool = False
+    undo: bool = False
     threads: int | None = None
     memory: int | None = None
     progress: Progress | None = None
@@ -118,7 +121,7 @@ def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: 
                 plan = planned(adapters, method=method, parameters=parameters)
             if options.verify == "forward":
                 check_plan(plan)
-            outputs.append(Output(plan, out, _check(plan, found, store, options)))
+            outputs.append(Output(plan, out, _check(plan, found, store, options), options.undo))
             stores.append(store)
         plans = [output.plan for output in outputs]
         results = write_merges(
@@ -305,9 +308,21 @@ def _known_checkpoints(registry: Registry, adapters: Sequence[AdapterInput]) -> 
     return known
 
 
-def unmerge(registry: Registry, merged: Path, out: Path, base: str | Path | None, advance: Advance) -> Unmerged:
+def unmerge(
+    registry: Registry, merged: Path, out: Path, base: str | Path | None, journal: bool | None, advance: Advance
+) -> Unmerged:
     """See ``Registry.unmerge``."""
     checkpoint, record = Checkpoint.open(merged), require_record(merged)
+    there = (merged / JOURNAL).is_file()
+    if journal and not there:
+        raise NotFound(f"{merged} has no {JOURNAL}: merge with --undo, or give the base with --base PATH.")
+    known = registry.bases.of_root(record.recipe.base)
+    at_hand = known is not None and known.path is not None and known.path.exists()
+    if journal or (journal is None and there and base is None and not at_hand):
+        adapters, resources = recipe_inputs(registry, record.recipe), Resources.of(torch.device("cpu"))
+        undo = Journal(merged / JOURNAL)
+        root = unmerge_from_journal(checkpoint, record, undo, adapters, out, resources, advance)
+        return Unmerged(out, root, root == record.recipe.base, "journal")
     with _base_of(registry, record, base, out, advance) as found:
         root = unmerge_from_base(checkpoint, record, found.checkpoint, found.manifest, out, advance)
     return Unmerged(out, root, root == record.recipe.base, "base")
