@@ -17,6 +17,7 @@ from vector_cases import (
     documents,
     expressions,
     form_cases,
+    journals,
     manifest_forms,
     method_cases,
     recipe_cases,
@@ -44,6 +45,7 @@ KINDS: dict[str, Callable[[], list[Vector]]] = {
     "arithmetic": arithmetic.arithmetic,
     "forms": form_cases.forms,
     "methods": method_cases.methods,
+    "journals": journals.journals,
 }
 
 

@@ -39,6 +39,7 @@ RUN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "arithmetic": vector_sums.run_arithmetic,
     "forms": vector_sums.run_forms,
     "methods": vector_sums.run_methods,
+    "journals": vector_sums.run_journals,
 }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,12 +18,15 @@ from loreg.algebra.edits import WeightedSum
 from loreg.digest import Digest
 from loreg.format import methods
 from loreg.format.fields import Fields
+from loreg.format.journal import Undoes, records
 from loreg.format.manifest import AdapterManifest
 from loreg.format.methods import EXACT, ORDERED
 from loreg.format.module import Module
+from loreg.format.safetensors import TensorInfo, read_header
 from loreg.merge.combining import Combining, mask_key
 from loreg.merge.edits import Part, TensorEdit
 from loreg.merge.inputs import AdapterInput
+from loreg.merge.journal import Corrections, Recorder, Spill
 from loreg.tensors import TORCH, from_buffer, to_memory
 
 CPU = torch.device("cpu")
@@ -55,6 +62,45 @@ def _merged(given: dict[str, Any], terms: list[dict[str, Any]]) -> str:
             dense += [Dense(matrix(term["value"]), weight), Dense(W, -weight)]
     merged = WeightedSum(tuple(low_rank), tuple(dense)).apply(W, TORCH[given["dtype"]])
     return bytes(to_memory(merged)).hex()
+
+
+def run_journals(given: dict[str, Any]) -> Any:
+    """By operation: what is recorded of W, W from records, or what a file is."""
+    if given["operation"] == "parse":
+        raw = base64.b64decode(given["base64"])
+        header = read_header(io.BytesIO(raw), len(raw), what="a journal")
+        undoes = Undoes.of(header, what="a journal")
+        digests = {key: str(getattr(undoes, key)) for key in ("recipe", "base", "weights_root")}
+        return {**digests, "entries": {entry.name: entry.nbytes for entry in sorted(header.tensors, key=by_name)}}
+    if given["operation"] == "correct":
+        entry, predicted = base64.b64decode(given["base64"]), bytes.fromhex(given["predicted"])
+        width, into = TORCH[given["dtype"]].itemsize, memoryview(bytearray(predicted))
+        found = records(io.BytesIO(entry).read, len(entry), len(predicted) // width, width, what="an entry")
+        corrections = Corrections(found, width, lambda: None)
+        corrections.apply(into, lambda: None)
+        corrections.finish()
+        return {"hex": bytes(into).hex()}
+    W = matrix(given["W"])
+    low_rank = [
+        LowRank(matrix(t["B"]), matrix(t["A"]), float(t["scale"])).scaled(float(t["weight"])) for t in given["terms"]
+    ]
+    after, small = torch.empty_like(W), torch.empty(W.shape, dtype=torch.int8)
+    edit = WeightedSum(tuple(low_rank))
+    outcome = edit.prepare(W.shape, W.dtype, W.dtype, residual=True).tile(W, 0, after, small)
+    with tempfile.TemporaryDirectory() as folder:
+        spill = Spill(Path(folder) / "spill")
+        recorder = Recorder(spill, TensorInfo("W", given["W"]["dtype"], tuple(W.shape), 0, W.nbytes))
+        recorder.add(to_memory(W), small.view(-1).numpy(), outcome.wide.numpy())
+        recorder.finish()
+        spill.flush()
+        return {
+            "after": bytes(to_memory(after)).hex(),
+            "base64": base64.b64encode(spill.path.read_bytes()).decode("ascii"),
+        }
+
+
+def by_name(info: TensorInfo) -> str:
+    return info.name
 
 
 def _replacing(weight: float) -> Part:

@@ -81,7 +81,8 @@ _EMPTY = memoryview(b"")
 def records(read: Callable[[int], bytes], size: int, count: int, width: int, *, what: str) -> Iterator[Record]:
     """The records of an entry of ``size`` bytes, for a tensor of ``count`` elements of ``width`` bytes.
 
-    ``read(n)`` gives the next ``n`` bytes. Raises BadInput for anything that a writer does not write [U3, U4].
+    ``read(n)`` gives the next ``n`` bytes. Raises BadInput for anything that a writer does not write [U3, U4], except
+    for a block that is raw without need, which only the tensor itself would show.
     """
     left = size
 

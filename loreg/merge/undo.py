@@ -69,6 +69,7 @@ def unmerge_from_journal(
     Raises BaseMismatch if the journal is another merge's, BadInput if it is damaged or the adapters are others.
     """
     of = journal.undoes
+    # [U5]
     if (of.recipe, of.base, of.weights_root) != (record.recipe.digest, record.recipe.base, record.weights_root):
         raise BaseMismatch(f"{journal.path} belongs to another merge than {merged.root}: give the base with --base.")
     _require_unchanged(merged, record, advance)
@@ -129,7 +130,7 @@ def _written(
     sync_tree(folder)
     manifest = Checkpoint.open(folder).manifest(advance=advance)
     root = manifest.identity.weights_root
-    if root != record.recipe.base:
+    if root != record.recipe.base:  # [U5]
         leaves = {tensor.name: tensor.leaf for tensor in manifest.tensors}
         wrong = sorted({name for name, leaf in known if leaves.get(name) != leaf})
         where = f", for example in {wrong[0]!r}" if wrong else ""
