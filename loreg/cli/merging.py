@@ -97,6 +97,7 @@ class _Size(click.ParamType[int]):
 )
 @click.option("--allow-base-mismatch", is_flag=True, help="Merge into another base than the adapters name.")
 @click.option("--dequantize", is_flag=True, help="Merge into the 16-bit model of a quantised --base.")
+@click.option("--undo", is_flag=True, help="Write a journal, with which unmerge needs no base.")
 @click.option(
     "--memory", metavar="SIZE", type=_Size(), help="What it may take, such as 900MB. [default: as it needs]"
 )
