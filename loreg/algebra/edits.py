@@ -43,6 +43,35 @@ def _largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
 
 
+def _lefts(terms: Sequence[LowRank], rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The lefts times their scales side by side, (rows, R), rounded to float64; and what that lost, None for nothing.
+
+    A scale in two parts of 24 and 29 bits gives products with float32 that are exact, and their sum is a two-sum. Of
+    a left that is float64 itself what is lost is not known here.
+    """
+    lefts = [torch.empty(rows, 0, dtype=torch.float64, device=device)]
+    lost = list(lefts)
+    for term in terms:
+        left = term.left.double()
+        lefts.append(term.scale * left)
+        high = float(torch.tensor(term.scale, dtype=torch.float32))
+        low = term.scale - high
+        lost.append(low * left - (lefts[-1] - high * left) if low else torch.zeros(()).expand_as(left))
+    exact = all(not part.any() for part in lost if part.stride() != (0, 0))
+    return torch.cat(lefts, dim=1), None if exact else torch.cat(lost, dim=1).double()
+
+
+def _rights(terms: Sequence[LowRank], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The rights one below the other, (R, columns), exactly, in ``dtype``."""
+    return torch.cat([torch.empty(0, columns, dtype=dtype, device=device), *(term.right.to(dtype) for term in terms)])
+
+
+def _norms(right: Tensor) -> Tensor:
+    """Of each column, in float64; in float32 a square may overflow."""
+    norms: Tensor = torch.linalg.vector_norm(right, dim=0, dtype=torch.float64)
+    return norms
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
     """An edit as a value: the terms that are added to one weight. No terms: a conversion of dtype, at most.
@@ -168,28 +197,31 @@ class Prepared:
         residual: bool,
     ) -> None:
         self._edit, self._shape, self._dtypes = edit, shape, dtypes
-        rows, columns = shape[0], shape[1] if len(shape) == 2 else 1
-        none = torch.empty(0, dtype=torch.float64, device=device)
-        lefts = [term.scale * term.left.double() for term in edit.low_rank]
-        rights = [term.right.double() for term in edit.low_rank]
-        self._left = torch.cat([none.view(rows, 0), *lefts], dim=1)
-        self._right = torch.cat([none.view(0, columns), *rights], dim=0)
-        summands = 1 + len(edit.dense) + self._left.shape[1]
-        eta, spread = (summands + 8) * 2.0**-53, self._magnitude()
+        columns = shape[1] if len(shape) == 2 else 1
+        fused = bool(edit.low_rank) and not edit.dense and native.computes(*dtypes, device)
+        narrow = fused and all(term.right.dtype.itemsize < 8 for term in edit.low_rank)
+        left, rest = _lefts(edit.low_rank, shape[0], device)
+        right = _rights(edit.low_rank, columns, torch.float32 if narrow else torch.float64, device)
+        rows, largest = torch.linalg.vector_norm(left, dim=1), _largest(_norms(right))
+        summands = 1 + len(edit.dense) + left.shape[1]
+        eta, spread = (summands + 8) * 2.0**-53, self._magnitude(_largest(rows) * largest)
         forth, back = (dtypes[1], eta, spread), (dtypes[0], 3 * eta, 2 * spread)
         self._forth = Deciding(edit, shape, *forth)
         self._back = Deciding(-edit, shape, *back) if residual else None
-        if edit.low_rank and not edit.dense and native.computes(*dtypes, device):
+        if fused:
+            known = all(term.left.dtype.itemsize < 8 for term in edit.low_rank)
+            factors = native.Factors(left, right, rest, rows, largest, spread if known else math.inf)
             screens = thresholds(*forth), thresholds(*back)
-            self._pass: Blocks | native.Fused = native.Fused(self._left, self._right, dtypes, screens, workspace)
+            self._pass: Blocks | native.Fused = native.Fused(factors, dtypes, screens, workspace)
         else:
             size = block * columns
             screens_ = [Screen(*given, size, device, workspace) for given in (forth, back)[: 1 + residual]]
             dense = [(term.scale, as_rows(term.value)) for term in edit.dense]
-            self._pass = Blocks(self._left, self._right, dense, block, screens_, workspace)
+            self._pass = Blocks(left, right, dense, block, screens_, workspace)
 
-    def _magnitude(self) -> float:
-        """S of the class's bound: at least Σ|d·X| + Σ|c·B||A| in every element, up to 2⁻²⁰ of itself."""
+    def _magnitude(self, products: float) -> float:
+        """S of the class's bound: at least Σ|d·X| + Σ|c·B||A| in every element, up to 2⁻²⁰ of itself. ``products``:
+        what the norms say of the second sum."""
         dense, low_rank = self._edit.dense, self._edit.low_rank
         tensors = [term.value for term in dense]
         tensors += [factor for term in low_rank for factor in (term.left, term.right)]
@@ -197,9 +229,7 @@ class Prepared:
         tensors.append(torch.tensor(scales, dtype=torch.float64))
         if not all(_in_safe_range(tensor) for tensor in tensors):
             return math.inf
-        left, right = torch.linalg.vector_norm(self._left, dim=1), torch.linalg.vector_norm(self._right, dim=0)
-        spread = sum(abs(term.scale) * _largest(addable(term.value).abs()) for term in dense)
-        return spread + _largest(left) * _largest(right)
+        return sum(abs(term.scale) * _largest(addable(term.value).abs()) for term in dense) + products
 
     @torch.no_grad()
     def tile(self, W_rows: Tensor, row_start: int, out: Tensor, residual: Tensor | None = None) -> Outcome:

@@ -82,7 +82,9 @@ def test_more_doubts_than_there_is_room_for(dtype_in: torch.dtype, dtype_out: to
     random = torch.Generator().manual_seed(1)
     W = torch.randint(128, 256, (90, 300), generator=random).to(dtype_in)
     half = 2.0**-1 if dtype_out == torch.bfloat16 else 2.0**-17
-    edit = WeightedSum((LowRank(torch.randint(0, 2, (90, 1), generator=random).float(), torch.ones(1, 300), half),))
+    # What rounding c·B loses is not known of float64, so that no tie is known to be one before the exact stage.
+    left = torch.randint(0, 2, (90, 1), generator=random).double()
+    edit = WeightedSum((LowRank(left, torch.ones(1, 300), half),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_ROOM", 4096)
         found, doubts = _edited(W, edit, dtype_out, 1)
@@ -109,3 +111,41 @@ def test_a_result_beyond_the_largest_value_is_refused(dtype: torch.dtype) -> Non
     edit = WeightedSum((LowRank(torch.eye(9)[:, 2:3], torch.eye(40)[5:6], 1e38),))
     with pytest.raises(BadInput, match=r"element \[2, 5\] exceeds"):
         edit.apply(W)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-7])
+def test_ties_and_all_but_ties_of_several_terms(dtype: torch.dtype, scale: float) -> None:
+    """Midpoints that only a sum of many bits tells from what lies beside them, against fractions."""
+    random = torch.Generator().manual_seed(3)
+    W = torch.randint(128, 256, (64, 96), generator=random).to(dtype) * torch.finfo(dtype).eps
+    half = torch.finfo(dtype).eps * torch.finfo(dtype).eps * 64
+    left = torch.stack([torch.full((64,), half), torch.randn(64, generator=random) * 2.0**-60], dim=1)
+    left[::2, 1] = 0
+    right = torch.stack([torch.randint(-2, 3, (96,), generator=random).float(), torch.randn(96, generator=random)])
+    edit = WeightedSum((LowRank(left, right, scale),))
+    found, doubts = _edited(W, edit, dtype, 1)
+    expected, before = _by_torch(lambda: _edited(W, edit, dtype, 1))
+    assert torch.equal(bits(found), bits(expected))
+    assert doubts < before or not before
+
+
+@compiled
+@settings(max_examples=40, deadline=None)
+@given(size=st.floats(-30, 3), seed=st.integers(0, 2**32), rank=st.integers(1, 24), zeros=st.booleans())
+def test_a_delta_of_any_size_beside_the_weight(size: float, seed: int, rank: int, zeros: bool) -> None:
+    """Single precision decides where it can, and gives up where most is in doubt."""
+    random = torch.Generator().manual_seed(seed)
+    W = (0.02 * torch.randn(70, 300, generator=random)).to(torch.bfloat16)
+    if zeros:
+        W[::3] = 0
+        W[::5] = -0.0
+    left = (torch.randn(70, rank, generator=random) * 2.0**size).to(torch.bfloat16)
+    right = torch.randn(rank, 300, generator=random).to(torch.bfloat16)
+    if zeros:
+        left[::2] = 0
+    edit = WeightedSum((LowRank(left, right, 0.02), LowRank(left, -right, 0.01)))
+    found, _ = _edited(W, edit, torch.bfloat16, 2)
+    expected, _ = _by_torch(lambda: _edited(W, edit, torch.bfloat16, 1))
+    assert torch.equal(bits(found), bits(expected))

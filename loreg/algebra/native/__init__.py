@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from loreg.algebra.passes import Candidates, Done
 from loreg.algebra.rounding import Workspace
 
-_PANEL = 16
+_PANEL = 32
 _ROOM = 2**18
 """Doubtful elements that there is memory for: 6 MiB, of which only pages that are written count."""
 
@@ -41,16 +42,13 @@ class _Task(ctypes.Structure):
     """``struct task`` of merge.c."""
 
     _fields_ = (
-        ("W", ctypes.c_void_p),
-        ("to", ctypes.c_void_p),
-        ("L", ctypes.c_void_p),
-        ("R", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("r", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("W", "to", "L", "Lrest", "R", "Lsingle", "Rsingle", "margin")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "r")),
+        ("spread", ctypes.c_double),
         ("screen", _Screen),
         ("found", _Doubtful),
         ("room", ctypes.c_int64),
+        ("looked", ctypes.c_int64),
         ("small", ctypes.c_void_p),
         ("back", _Screen),
         ("unsure", _Doubtful),
@@ -90,8 +88,43 @@ class _Found:
         return Candidates(index // columns + first, index % columns, near, were)
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """W + left·right, as ``Fused`` is given it: float64 on the CPU, but ``right`` float32 where it has no more bits.
+
+    ``rest``: what rounding ``left`` to float64 lost, None for nothing. ``rows``: the norms of the rows of left (m,);
+    ``largest``: of the columns of right the largest norm. ``spread``: S of Prepared's bound; infinite if ``rest`` is
+    not known.
+    """
+
+    left: Tensor
+    right: Tensor
+    rest: Tensor | None
+    rows: Tensor
+    largest: float
+    spread: float
+
+    @property
+    def margin(self) -> Tensor | None:
+        """How far L̂·right in float32, for left rounded to L̂ and in any order, is from the exact sum, for each row.
+
+        Within (R + 3)2⁻²⁴Σ|l·r|, by Cauchy-Schwarz, and R·2⁻¹⁴⁹(1 + max|right|) for what underflows. It is over 2⁻¹³³
+        too, so that a sum of zero, whose sign has a rule of its own, is always looked at. None where a float32 might
+        overflow.
+        """
+        if not max(_largest(self.rows), self.largest, self.spread) < 2.0**100 or self.right.dtype != torch.float32:
+            return None
+        rank = len(self.right)
+        margin = (rank + 4) * 2.0**-24 * self.largest * self.rows
+        return margin.add_(rank * 2.0**-149 * (1 + self.largest) + 2.0**-132).mul_(1 + 2.0**-20).float()
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
 class Fused:
-    """W + left·right for one weight and one thread: ``left`` (m, R) and ``right`` (R, n) float64 on the CPU.
+    """``factors`` for one weight and one thread.
 
     ``dtypes``: W's and the output's. ``screens``: ``thresholds`` for what is rounded, and for what taking back the
     delta gives.
@@ -99,35 +132,36 @@ class Fused:
 
     def __init__(
         self,
-        left: Tensor,
-        right: Tensor,
+        factors: Factors,
         dtypes: tuple[torch.dtype, torch.dtype],
         screens: tuple[tuple[int, int, int], tuple[int, int, int]],
         workspace: Workspace,
     ) -> None:
         self._function = getattr(library, "loreg_merge_" + "_".join(_NAMES[dtype] for dtype in dtypes))
         self._function.restype = ctypes.c_int64
-        self._left, (rank, columns) = left.contiguous(), right.shape
-        panels = -(-columns // _PANEL)
-        packed = torch.zeros(panels, rank, _PANEL, dtype=torch.float64)
-        whole = columns // _PANEL
-        packed[:whole] = right[:, : whole * _PANEL].reshape(rank, whole, _PANEL).transpose(0, 1)
-        if whole < panels:
-            packed[whole, :, : columns % _PANEL] = right[:, whole * _PANEL :]
-        self._right = packed
+        rank, columns = factors.right.shape
         room = max(_ROOM, 2 * columns)
         self._found, self._unsure = (_Found(use, room, workspace) for use in ("doubtful", "unsure"))
+        self._right = _packed(factors.right)
         self._task = _Task(
-            R=packed.data_ptr(), cols=columns, r=rank, room=room,
+            cols=columns, r=rank, room=room, spread=factors.spread,
             screen=_Screen(*screens[0]), back=_Screen(*screens[1]),
         )  # fmt: skip
+        single = factors.right.dtype == torch.float32
+        setattr(self._task, "Rsingle" if single else "R", self._right.data_ptr())
+        by_row = {"L": factors.left.contiguous(), "Lrest": factors.rest}
+        if dtypes == (torch.bfloat16, torch.bfloat16) and (margin := factors.margin) is not None:
+            by_row |= {"Lsingle": factors.left.float(), "margin": margin}
+        self._by_row = {name: value for name, value in by_row.items() if value is not None}
 
     def rows(self, W: Tensor, first: int, out: Tensor, residual: Tensor | None = None) -> Done:
         """As ``Blocks.rows``, with at least one row done."""
         contiguous = W.is_contiguous() and out.is_contiguous()
         W, to = W.contiguous(), out if contiguous else torch.empty(out.shape, dtype=out.dtype)
         task = self._task
-        task.W, task.to, task.L, task.rows = W.data_ptr(), to.data_ptr(), self._left[first:].data_ptr(), len(W)
+        task.W, task.to, task.rows, task.looked = W.data_ptr(), to.data_ptr(), len(W), 0
+        for name, value in self._by_row.items():
+            setattr(task, name, value[first:].data_ptr())
         task.small = None if residual is None else residual.data_ptr()
         task.found, task.unsure = self._found.given(), self._unsure.given()
         done = self._function(ctypes.byref(task))
@@ -135,6 +169,17 @@ class Fused:
             out[:done] = to[:done]
         found = self._found.taken(task.found, first, task.cols)
         return Done(done, found, None if residual is None else self._unsure.taken(task.unsure, first, task.cols))
+
+
+def _packed(right: Tensor) -> Tensor:
+    """Panels of columns, each with all rows."""
+    rank, columns = right.shape
+    panels, whole = -(-columns // _PANEL), columns // _PANEL
+    packed = right.new_zeros(panels, rank, _PANEL)
+    packed[:whole] = right[:, : whole * _PANEL].reshape(rank, whole, _PANEL).transpose(0, 1)
+    if whole < panels:
+        packed[whole, :, : columns % _PANEL] = right[:, whole * _PANEL :]
+    return packed
 
 
 def computes(dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:

@@ -13,7 +13,11 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_FLAGS = (
+    *("-std=gnu11", "-O3", "-fPIC", "-shared"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+    "-fno-tree-loop-distribute-patterns",  # short copies stay loops
+)
 # One copy of each function for each kind of processor, of which the loader takes the best: not every compiler and C
 # library can.
 _ATTEMPTS = (("-DLOREG_CLONES", "-Wno-psabi"), ("-Wno-psabi",), ())
@@ -45,7 +49,7 @@ def compiled(library: Path) -> Path | None:
     named = f'-DLOREG_SOURCE="{hashlib.sha256(source.read_bytes()).hexdigest()}"'
     fresh = library.with_suffix(f".{os.getpid()}")
     for extra in _ATTEMPTS:
-        command = [compiler, *_FLAGS, named, *extra, str(source), "-o", str(fresh)]
+        command = [compiler, *_FLAGS, named, *extra, str(source), "-o", str(fresh), "-lm"]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             fresh.replace(library)  # at once: a process may have the old one loaded
             return library

@@ -1,22 +1,31 @@
-/* W + L·R in float64, rounded once to a storage dtype, with the elements that this may round wrongly.
+/* W + L·R, rounded once to a storage dtype; what that leaves in doubt is summed more exactly, and the little that is
+ * still in doubt is listed.
  *
  * What algebra/edits.py does block by block in some ten passes of torch is here one pass, in which a strip of four
  * rows stays in the first-level cache. Plain C: loops that compilers turn into vectors of whatever width there is,
- * and in which the order of a sum may be any, as the bound that Screen states holds for all (algebra/rounding.py).
+ * and in which the order of a sum may be any, as the bounds hold for all (algebra/rounding.py, Screen).
  *
- * R comes packed: panels of PANEL columns, in each r rows of PANEL doubles, the last one filled up with zeros.
+ * Where L·R is small beside W, as it is in adapters, single precision decides all but one element in some thousands,
+ * in half the time. Those are summed in double, and what that cannot decide in pairs of doubles.
+ *
+ * R comes packed: panels of PANEL columns, in each r rows of PANEL numbers, the last one filled up with zeros.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 /* Of this file, by which the loader knows a library that was made from another version of it. */
 const char loreg_source[] = LOREG_SOURCE;
 
-#define PANEL 16
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "storage is little-endian, and read here as it lies"
+#endif
+
+#define PANEL 32
 #define STRIP 256
 #define ROWS 4
-#define CACHED 32768 /* doubles of R that are used on many rows before the next are fetched */
+#define CACHED 32768 /* numbers of R that are used on many rows before the next are fetched */
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(LOREG_CLONES) && defined(__x86_64__)
@@ -25,7 +34,10 @@ const char loreg_source[] = LOREG_SOURCE;
 #define FOR_EACH_MACHINE
 #endif
 
-typedef double lanes __attribute__((vector_size(64), aligned(8)));
+typedef double doubles __attribute__((vector_size(64), aligned(8)));
+typedef float singles __attribute__((vector_size(64), aligned(4)));
+typedef float halves __attribute__((vector_size(32), aligned(4)));
+typedef uint8_t bytes __attribute__((vector_size(64), aligned(1)));
 
 enum dtype { BF16, F32 };
 
@@ -35,199 +47,400 @@ struct screen { uint64_t tau, top, slack; };
 
 struct doubtful { int64_t *index; double *near, *weight; int64_t count; };
 
-INLINE void append(struct doubtful *d, int64_t index, double near, double weight)
-{
-    d->index[d->count] = index, d->near[d->count] = near, d->weight[d->count++] = weight;
-}
+/* As algebra/native/__init__.py has it. R is there once, as doubles or, where it has no more bits, as floats. `Lrest`:
+ * what rounding L to double lost, null for nothing. `margin`: the error of L·R in single precision for each row; null
+ * where all is to be done in double. `small`: takes the residual, null without. `spread`: at least the sum of the
+ * magnitudes of any element of L·R; infinite where L or Lrest do not tell all. `looked` counts the elements that were
+ * not decided at once. */
+struct task {
+    const void *W;
+    void *to;
+    const double *L, *Lrest, *R;
+    const float *Lsingle, *Rsingle, *margin;
+    int64_t rows, cols, r;
+    double spread;
+    struct screen screen;
+    struct doubtful found;
+    int64_t room, looked;
+    int8_t *small;
+    struct screen back;
+    struct doubtful unsure;
+};
 
 /* Of an undo: by how many storage values W lies from what taking back the delta gives, for each element; UNSURE where
- * that is to be decided exactly, or is beyond a byte. None is computed where `small` is null. */
-struct residual { int8_t *small; struct screen screen; struct doubtful *unsure; };
-
+ * that is to be decided exactly, or is beyond a byte. */
 #define UNSURE (-128)
 
-INLINE uint32_t word32(double x) { float f = (float)x; uint32_t u; memcpy(&u, &f, 4); return u; }
+INLINE uint32_t bits32(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+INLINE float float32(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+INLINE uint64_t bits64(double x) { uint64_t u; memcpy(&u, &x, 8); return u; }
+INLINE double float64(uint64_t u) { double x; memcpy(&x, &u, 8); return x; }
+INLINE uint32_t word32(double x) { return bits32((float)x); }
+INLINE uint16_t nearest16(uint32_t u) { return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16); }
 
-INLINE void widen(enum dtype dtype, const void *W, int64_t at, int64_t n, double *restrict to)
+INLINE double number(enum dtype dtype, uint32_t u) { return dtype == BF16 ? float32(u << 16) : float32(u); }
+
+INLINE double value(enum dtype dtype, const void *W, int64_t at)
 {
-    if (dtype == BF16) {
-        const uint16_t *from = (const uint16_t *)W + at;
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t u = (uint32_t)from[j] << 16;
-            float f;
-            memcpy(&f, &u, 4);
-            to[j] = f;
-        }
-    } else {
-        const float *from = (const float *)W + at;
-        for (int64_t j = 0; j < n; j++) to[j] = from[j];
-    }
+    return dtype == BF16 ? float32((uint32_t)((const uint16_t *)W)[at] << 16) : ((const float *)W)[at];
+}
+
+INLINE uint32_t raw(enum dtype dtype, const void *W, int64_t at)
+{
+    return dtype == BF16 ? ((const uint16_t *)W)[at] : ((const uint32_t *)W)[at];
+}
+
+/* The place of a storage value among all, the two zeros being neighbours: algebra/rounding.py, ordered(). */
+INLINE int64_t place(enum dtype dtype, uint32_t x)
+{
+    int32_t s = dtype == BF16 ? (int16_t)x : (int32_t)x, mask = dtype == BF16 ? 0x7fff : 0x7fffffff;
+    return s ^ ((s >> 31) & mask);
 }
 
 INLINE uint64_t is_doubtful(enum dtype dtype, double x, struct screen s)
 {
     if (dtype == F32) {
-        uint64_t u, magnitude, past;
-        memcpy(&u, &x, 8);
-        magnitude = u & ~(1ull << 63);
-        past = (u << 35) + ((s.slack - (1ull << 28)) << 35);
+        uint64_t u = bits64(x), magnitude = u & ~(1ull << 63), past = (u << 35) + ((s.slack - (1ull << 28)) << 35);
         return (past <= s.slack << 36) | (magnitude - s.tau >= s.top - s.tau);
     }
     uint32_t u = word32(x), magnitude = u & 0x7fffffffu, tau = (uint32_t)s.tau;
     return (uint32_t)(u << 16 == 0x80000000u) | (uint32_t)(magnitude - tau >= (uint32_t)s.top - tau);
 }
 
-/* Rounds n sums to `to`; whether any is doubtful. */
-INLINE uint64_t narrow(enum dtype dtype, const double *restrict sum, int64_t n, void *restrict to, struct screen s)
+/* Of a number that is off by `margin` and its own rounding at most: whether it may lie on the other side of the midpoint
+ * of its neighbours in bfloat16, or beyond the largest one. What is no number is doubtful too. */
+INLINE uint32_t is_near(float x, float margin)
 {
-    if (dtype == BF16) {
-        uint32_t any = 0; /* of the width of what is looked at: a wider one halves the speed */
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t u = word32(sum[j]);
-            ((uint16_t *)to)[j] = (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-            any |= (uint32_t)is_doubtful(BF16, sum[j], s);
-        }
-        return any;
-    }
-    uint64_t any = 0;
-    for (int64_t j = 0; j < n; j++) {
-        ((float *)to)[j] = (float)sum[j];
-        any |= is_doubtful(F32, sum[j], s);
-    }
-    return any;
+    uint32_t u = bits32(x);
+    float from = fabsf(x - float32((u & 0xffff0000u) | 0x8000u));
+    return (uint32_t)!(from > margin + fabsf(x) * 0x1.01p-24f) | (uint32_t)((u & 0x7fffffffu) >= 0x7f7f0000u);
 }
 
-/* The place of a storage value among all, the two zeros being neighbours: algebra/rounding.py, ordered(). */
-INLINE int32_t ordered16(uint16_t x) { int16_t s = (int16_t)x; return (int16_t)(s ^ ((s >> 15) & 0x7fff)); }
-INLINE int64_t ordered32(uint32_t x) { int32_t s = (int32_t)x; return s ^ ((s >> 31) & 0x7fffffff); }
+/* ---- single elements ---- */
 
-/* W against what is predicted for it, n elements of raw bits; whether any is beyond a byte. */
-INLINE int compare(enum dtype dtype, const void *W, int64_t at, const uint32_t *restrict predicted, int64_t n,
-                   int8_t *restrict small)
+INLINE double right(const struct task *t, int64_t k, int64_t j)
+{
+    int64_t at = j / PANEL * PANEL * t->r + PANEL * k + j % PANEL;
+    return t->Rsingle ? t->Rsingle[at] : t->R[at];
+}
+
+INLINE double delta(const struct task *t, int64_t i, int64_t j)
+{
+    const double *l = t->L + i * t->r;
+    double sum = 0;
+    for (int64_t k = 0; k < t->r; k++) sum += l[k] * right(t, k, j);
+    return sum;
+}
+
+/* The exact sum of two numbers: what is returned, and *lost (Knuth). `volatile` keeps a product from being contracted
+ * into the sum, which would then be another number. */
+INLINE double two_sum(double a, double b, double *lost)
+{
+    volatile double sum = a + b;
+    double s = sum, part = s - a;
+    *lost = (a - (s - part)) + (b - part);
+    return s;
+}
+
+/* The correctly rounded value of weight + sign·(L·R) as raw bits, by a sum in pairs of doubles. The low parts add up to
+ * within (r + 8)²·4u² of all magnitudes, or nothing at all is lost, and then a tie is known to be one. 0 where that
+ * does not decide either, or the value is none that one midpoint separates from its neighbours. */
+static __attribute__((noinline)) int decide(enum dtype out, const struct task *t, int64_t i, int64_t j, double weight,
+                                            double sign, uint32_t *found)
+{
+    const double *l = t->L + i * t->r, *rest = t->Lrest ? t->Lrest + i * t->r : 0;
+    double high = weight, low = 0, n = (double)(t->r + 8), middle, lost, part;
+    uint32_t lower;
+    int exact = 1;
+    if (!(t->spread < INFINITY)) return 0;
+    for (int64_t k = 0; k < t->r; k++) {
+        double x = sign * right(t, k, j);
+        volatile double product = l[k] * x;
+        double p = product;
+        high = two_sum(high, p, &part);
+        low = two_sum(low, part, &lost);
+        exact &= lost == 0;
+        low = two_sum(low, fma(l[k], x, -p), &lost);
+        exact &= lost == 0;
+        if (rest && rest[k] != 0) low += rest[k] * x, exact = 0;
+    }
+    double all = high + low;
+    low -= all - high;
+    high = all;
+    if (out == BF16) {
+        uint32_t u = word32(high), magnitude = u & 0x7fffffffu;
+        if (magnitude < 0x00800000u || magnitude >= 0x7f7f0000u) return 0;
+        lower = u >> 16;
+        middle = float32((u & 0xffff0000u) | 0x8000u);
+    } else {
+        if (!(fabs(high) >= 0x1p-126 && fabs(high) < 0x1.fffffep127)) return 0;
+        uint64_t u = bits64(high) & ~0x1fffffffull;
+        lower = word32(float64(u));
+        middle = float64(u | 0x10000000ull);
+    }
+    double by = (high - middle) + low;
+    if (by == 0 && exact && high - middle == -low)
+        *found = lower + (lower & 1);
+    else if (fabs(by) * (1 - 0x1p-50) > n * n * 0x1p-104 * (fabs(weight) + t->spread))
+        *found = lower + ((by > 0) == (middle > 0));
+    else return 0;
+    return 1;
+}
+
+/* One element of W' that was in doubt; what is still so goes on the list. */
+INLINE uint32_t settled(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j)
+{
+    double weight = value(in, t->W, i * t->cols + j), near = weight + delta(t, i, j);
+    uint32_t u = out == BF16 ? nearest16(word32(near)) : word32(near);
+    struct doubtful *d = &t->found;
+    if (is_doubtful(out, near, t->screen) && !decide(out, t, i, j, weight, 1, &u)) {
+        d->index[d->count] = i * t->cols + j, d->near[d->count] = near, d->weight[d->count++] = weight;
+    }
+    return u;
+}
+
+/* Of one element the residual, of which nothing is known yet; what is beyond a byte or in doubt goes on the list. */
+INLINE int8_t looked_back(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, uint32_t after,
+                          int open)
+{
+    int64_t at = i * t->cols + j;
+    double weight = value(in, t->W, at), by = delta(t, i, j), now = number(out, after), near = now - by;
+    uint32_t u = in == BF16 ? nearest16(word32(near)) : word32(near);
+    struct doubtful *d = &t->unsure;
+    if (!open && (!is_doubtful(in, near, t->back) || decide(in, t, i, j, now, -1, &u))) {
+        int64_t distance = place(in, raw(in, t->W, at)) - place(in, u);
+        if (distance > -128 && distance < 128) return (int8_t)distance;
+    }
+    d->index[d->count] = at, d->near[d->count] = by, d->weight[d->count++] = weight;
+    return UNSURE;
+}
+
+/* memcpy of a size that is not known is a string instruction to some compilers, whose start costs more than all of it. */
+INLINE void copy(char *to, const char *from, int64_t size)
+{
+    int64_t k = 0;
+    for (; k + 64 <= size; k += 64) *(bytes *)(to + k) = *(const bytes *)(from + k);
+    for (; k + 4 <= size; k += 4) memcpy(to + k, from + k, 4);
+    for (; k < size; k++) to[k] = from[k];
+}
+
+/* ---- strips of one row: n elements from (i, j) on, of which the sums or deltas are there ---- */
+
+#define DOUBTFUL 1
+#define UNKNOWN 2 /* of the residual */
+
+/* Settles the elements of `rounded` that are DOUBTFUL by their `flags`, and the residuals of those and of the UNKNOWN.
+ * The flags of the last elements of a word are 0. */
+INLINE void settle(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, int64_t n, uint32_t *rounded,
+                   const uint8_t *flags)
+{
+    for (int64_t word = 0; word < n; word += 8) {
+        uint64_t any;
+        memcpy(&any, flags + word, 8);
+        for (int64_t k = word; any != 0; k++, any >>= 8) {
+            int64_t before = t->found.count;
+            if (any & DOUBTFUL) {
+                uint32_t u = settled(in, out, t, i, j + k);
+                if (out == BF16) ((uint16_t *)rounded)[k] = (uint16_t)u;
+                else rounded[k] = u;
+                t->looked++;
+            }
+            if (t->small && any & (DOUBTFUL | UNKNOWN))
+                t->small[i * t->cols + j + k] =
+                    looked_back(in, out, t, i, j + k, raw(out, rounded, k), t->found.count > before);
+        }
+    }
+}
+
+/* W against what is predicted for it; whether any is beyond a byte, which is UNSURE then. */
+INLINE uint64_t compare(enum dtype dtype, const void *W, int64_t at, const uint32_t *restrict predicted, int64_t n,
+                        int8_t *restrict small)
 {
     if (dtype == BF16) {
         const uint16_t *were = (const uint16_t *)W + at, *are = (const uint16_t *)predicted;
         int32_t any = 0;
-        for (int64_t j = 0; j < n; j++) {
-            int32_t by = ordered16(were[j]) - ordered16(are[j]), beyond = by > 127 || by < -127;
-            small[j] = (int8_t)(beyond ? UNSURE : by);
+        for (int64_t k = 0; k < n; k++) {
+            int32_t by = (int32_t)place(BF16, were[k]) - (int32_t)place(BF16, are[k]);
+            int32_t beyond = by > 127 || by < -127;
+            small[k] = (int8_t)(beyond ? UNSURE : by);
             any |= beyond;
         }
-        return any;
+        return any != 0;
     }
     const uint32_t *were = (const uint32_t *)W + at;
     int64_t any = 0;
-    for (int64_t j = 0; j < n; j++) {
-        int64_t by = ordered32(were[j]) - ordered32(predicted[j]), beyond = by > 127 || by < -127;
-        small[j] = (int8_t)(beyond ? UNSURE : by);
+    for (int64_t k = 0; k < n; k++) {
+        int64_t by = place(F32, were[k]) - place(F32, predicted[k]), beyond = by > 127 || by < -127;
+        small[k] = (int8_t)(beyond ? UNSURE : by);
         any |= beyond;
     }
     return any != 0;
 }
 
-/* Of one row of a strip whose n sums were rounded: what W' - (sum - W) rounds to, against W. */
-INLINE void look_back(enum dtype in, enum dtype out, const void *W, int64_t at, int64_t n, const double *restrict sum,
-                      const uint32_t *rounded, uint64_t doubts, struct screen s, struct residual *back)
+INLINE uint64_t round_doubles(enum dtype dtype, const double *restrict x, int64_t n, uint32_t *restrict to,
+                              struct screen s)
 {
-    double weight[STRIP], after[STRIP], near[STRIP];
-    uint32_t predicted[STRIP];
-    int8_t *small = back->small + at;
-    widen(in, W, at, n, weight);
-    widen(out, rounded, 0, n, after);
-    for (int64_t j = 0; j < n; j++) near[j] = after[j] - (sum[j] - weight[j]);
-    doubts |= narrow(in, near, n, predicted, back->screen);
-    doubts |= (uint64_t)compare(in, W, at, predicted, n, small);
-    if (__builtin_expect(doubts != 0, 0))
-        for (int64_t j = 0; j < n; j++)
-            if (small[j] == UNSURE || is_doubtful(in, near[j], back->screen) || is_doubtful(out, sum[j], s)) {
-                small[j] = UNSURE;
-                append(back->unsure, at + j, sum[j] - weight[j], weight[j]);
-            }
+    uint64_t any = 0;
+    if (dtype == BF16) {
+        uint32_t some = 0; /* of the width of what is looked at: a wider one halves the speed */
+        for (int64_t k = 0; k < n; k++) {
+            ((uint16_t *)to)[k] = nearest16(word32(x[k]));
+            some |= (uint32_t)is_doubtful(BF16, x[k], s);
+        }
+        return some;
+    }
+    for (int64_t k = 0; k < n; k++) {
+        to[k] = word32(x[k]);
+        any |= is_doubtful(F32, x[k], s);
+    }
+    return any;
 }
 
-/* A strip of up to ROWS rows, from (i, j0) on. */
-INLINE void strip(enum dtype in, enum dtype out, const void *W, void *to, const double *L, const double *R,
-                  int64_t i, int64_t h, int64_t j0, int64_t n, int64_t cols, int64_t r, struct screen s,
-                  struct doubtful *d, struct residual *back)
+INLINE void end_in_double(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, int64_t n,
+                          const double *restrict sum)
 {
-    double sum[ROWS][STRIP] __attribute__((aligned(64))), weight[STRIP];
-    for (int64_t t = 0; t < ROWS; t++) {
-        if (n < STRIP || t >= h) memset(sum[t], 0, sizeof sum[t]);
-        if (t < h) widen(in, W, (i + t) * cols + j0, n, sum[t]);
+    int64_t at = i * t->cols + j, size = out == BF16 ? 2 : 4;
+    uint32_t rounded[STRIP], predicted[STRIP];
+    double near[STRIP];
+    uint64_t any = round_doubles(out, sum, n, rounded, t->screen);
+    if (t->small) {
+        for (int64_t k = 0; k < n; k++) near[k] = value(out, rounded, k) - (sum[k] - value(in, t->W, at + k));
+        any |= round_doubles(in, near, n, predicted, t->back) | compare(in, t->W, at, predicted, n, t->small + at);
     }
-    const double *l0 = L + i * r, *l1 = L + (i + (h > 1)) * r, *l2 = L + (i + (h > 2) * 2) * r,
-                 *l3 = L + (i + (h > 3) * 3) * r;
-    for (int64_t j = 0; j < n; j += PANEL) {
-        const double *panel = R + (j0 + j) * r;
-        lanes a0 = *(lanes *)(sum[0] + j), b0 = *(lanes *)(sum[0] + j + 8);
-        lanes a1 = *(lanes *)(sum[1] + j), b1 = *(lanes *)(sum[1] + j + 8);
-        lanes a2 = *(lanes *)(sum[2] + j), b2 = *(lanes *)(sum[2] + j + 8);
-        lanes a3 = *(lanes *)(sum[3] + j), b3 = *(lanes *)(sum[3] + j + 8);
+    if (__builtin_expect(any != 0, 0)) {
+        uint8_t flags[STRIP + 8] = {0};
+        for (int64_t k = 0; k < n; k++) flags[k] = DOUBTFUL * (uint8_t)is_doubtful(out, sum[k], t->screen);
+        for (int64_t k = 0; t->small && k < n; k++)
+            flags[k] |= UNKNOWN * (uint8_t)(is_doubtful(in, near[k], t->back) | (t->small[at + k] == UNSURE));
+        settle(in, out, t, i, j, n, rounded, flags);
+    }
+    copy((char *)t->to + at * size, (const char *)rounded, n * size);
+}
+
+INLINE uint32_t round_singles(const float *restrict x, int64_t n, uint16_t *restrict to, float margin)
+{
+    uint32_t any = 0;
+    for (int64_t k = 0; k < n; k++) {
+        to[k] = nearest16(bits32(x[k]));
+        any |= is_near(x[k], margin);
+    }
+    return any;
+}
+
+/* From the deltas of bfloat16 to bfloat16 in single precision. */
+INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const float *restrict delta)
+{
+    int64_t at = i * t->cols + j;
+    uint16_t rounded[STRIP], predicted[STRIP];
+    float sum[STRIP], near[STRIP], margin = t->margin[i];
+    const uint16_t *W = (const uint16_t *)t->W + at;
+    for (int64_t k = 0; k < n; k++) sum[k] = float32((uint32_t)W[k] << 16) + delta[k];
+    uint64_t any = round_singles(sum, n, rounded, margin);
+    if (t->small) {
+        for (int64_t k = 0; k < n; k++) near[k] = float32((uint32_t)rounded[k] << 16) - delta[k];
+        any |= round_singles(near, n, predicted, margin);
+        any |= compare(BF16, t->W, at, (const uint32_t *)predicted, n, t->small + at);
+    }
+    if (__builtin_expect(any != 0, 0)) {
+        uint8_t flags[STRIP + 8] = {0};
+        for (int64_t k = 0; k < n; k++) flags[k] = DOUBTFUL * (uint8_t)is_near(sum[k], margin);
+        for (int64_t k = 0; t->small && k < n; k++)
+            flags[k] |= UNKNOWN * (uint8_t)(is_near(near[k], margin) | (t->small[at + k] == UNSURE));
+        settle(BF16, BF16, t, i, j, n, (uint32_t *)rounded, flags);
+    }
+    copy((char *)t->to + at * 2, (const char *)rounded, n * 2);
+}
+
+/* ---- strips of up to ROWS rows, from (i, j0) on ---- */
+
+INLINE doubles eight(const struct task *t, int single, int64_t at)
+{
+    return single ? __builtin_convertvector(*(const halves *)(t->Rsingle + at), doubles) : *(const doubles *)(t->R + at);
+}
+
+INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t, int64_t i, int64_t h, int64_t j0, int64_t n)
+{
+    double sum[ROWS][STRIP] __attribute__((aligned(64)));
+    int64_t r = t->r;
+    for (int64_t k = 0; k < ROWS; k++) {
+        if (n < STRIP || k >= h) memset(sum[k], 0, sizeof sum[k]);
+        for (int64_t j = 0; k < h && j < n; j++) sum[k][j] = value(in, t->W, (i + k) * t->cols + j0 + j);
+    }
+    const double *l0 = t->L + i * r, *l1 = t->L + (i + (h > 1)) * r, *l2 = t->L + (i + (h > 2) * 2) * r,
+                 *l3 = t->L + (i + (h > 3) * 3) * r;
+    for (int64_t j = 0; j < n; j += 16) {
+        int64_t panel = (j0 + j) / PANEL * PANEL * r + (j0 + j) % PANEL;
+        doubles a0 = *(doubles *)(sum[0] + j), b0 = *(doubles *)(sum[0] + j + 8);
+        doubles a1 = *(doubles *)(sum[1] + j), b1 = *(doubles *)(sum[1] + j + 8);
+        doubles a2 = *(doubles *)(sum[2] + j), b2 = *(doubles *)(sum[2] + j + 8);
+        doubles a3 = *(doubles *)(sum[3] + j), b3 = *(doubles *)(sum[3] + j + 8);
         for (int64_t k = 0; k < r; k++) {
-            lanes x = *(const lanes *)(panel + PANEL * k), y = *(const lanes *)(panel + PANEL * k + 8);
+            doubles x = eight(t, single, panel + PANEL * k), y = eight(t, single, panel + PANEL * k + 8);
             a0 += x * l0[k], b0 += y * l0[k];
             a1 += x * l1[k], b1 += y * l1[k];
             a2 += x * l2[k], b2 += y * l2[k];
             a3 += x * l3[k], b3 += y * l3[k];
         }
-        *(lanes *)(sum[0] + j) = a0, *(lanes *)(sum[0] + j + 8) = b0;
-        *(lanes *)(sum[1] + j) = a1, *(lanes *)(sum[1] + j + 8) = b1;
-        *(lanes *)(sum[2] + j) = a2, *(lanes *)(sum[2] + j + 8) = b2;
-        *(lanes *)(sum[3] + j) = a3, *(lanes *)(sum[3] + j + 8) = b3;
+        *(doubles *)(sum[0] + j) = a0, *(doubles *)(sum[0] + j + 8) = b0;
+        *(doubles *)(sum[1] + j) = a1, *(doubles *)(sum[1] + j + 8) = b1;
+        *(doubles *)(sum[2] + j) = a2, *(doubles *)(sum[2] + j + 8) = b2;
+        *(doubles *)(sum[3] + j) = a3, *(doubles *)(sum[3] + j + 8) = b3;
     }
-    for (int64_t t = 0; t < h; t++) {
-        int64_t at = (i + t) * cols + j0, size = out == BF16 ? 2 : 4;
-        uint32_t rounded[STRIP];
-        uint64_t doubts = narrow(out, sum[t], n, rounded, s);
-        if (back->small) look_back(in, out, W, at, n, sum[t], rounded, doubts, s, back);
-        if (__builtin_expect(doubts != 0, 0)) {
-            widen(in, W, at, n, weight); /* before it is overwritten: `to` may be W */
-            for (int64_t j = 0; j < n; j++)
-                if (is_doubtful(out, sum[t][j], s)) append(d, at + j, sum[t][j], weight[j]);
-        }
-        memcpy((char *)to + at * size, rounded, n * size);
-    }
+    for (int64_t k = 0; k < h; k++) end_in_double(in, out, t, i + k, j0, n, sum[k]);
 }
 
-INLINE int64_t merge(enum dtype in, enum dtype out, const void *W, void *to, const double *L, const double *R,
-                     int64_t rows, int64_t cols, int64_t r, struct screen s, struct doubtful *d,
-                     struct residual *back, int64_t room)
+INLINE void in_single(struct task *t, int64_t i, int64_t h, int64_t j0, int64_t n)
 {
-    int64_t block = CACHED / (r ? r : 1) / STRIP * STRIP, high = room / (2 * (cols ? cols : 1)), i = 0;
+    float delta[ROWS][STRIP] __attribute__((aligned(64)));
+    int64_t r = t->r;
+    const float *l0 = t->Lsingle + i * r, *l1 = t->Lsingle + (i + (h > 1)) * r,
+                *l2 = t->Lsingle + (i + (h > 2) * 2) * r, *l3 = t->Lsingle + (i + (h > 3) * 3) * r;
+    for (int64_t j = 0; j < n; j += PANEL) {
+        const float *panel = t->Rsingle + (j0 + j) * r;
+        singles a0 = {0}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0;
+        for (int64_t k = 0; k < r; k++) {
+            singles x = *(const singles *)(panel + PANEL * k), y = *(const singles *)(panel + PANEL * k + 16);
+            a0 += x * l0[k], b0 += y * l0[k];
+            a1 += x * l1[k], b1 += y * l1[k];
+            a2 += x * l2[k], b2 += y * l2[k];
+            a3 += x * l3[k], b3 += y * l3[k];
+        }
+        *(singles *)(delta[0] + j) = a0, *(singles *)(delta[0] + j + 16) = b0;
+        *(singles *)(delta[1] + j) = a1, *(singles *)(delta[1] + j + 16) = b1;
+        *(singles *)(delta[2] + j) = a2, *(singles *)(delta[2] + j + 16) = b2;
+        *(singles *)(delta[3] + j) = a3, *(singles *)(delta[3] + j + 16) = b3;
+    }
+    for (int64_t k = 0; k < h; k++) end_in_single(t, i + k, j0, n, delta[k]);
+}
+
+/* `single`: whether R is there as floats; `fast`: whether to begin in single precision. */
+INLINE int64_t merge(enum dtype in, enum dtype out, int single, int fast, struct task *t)
+{
+    int64_t cols = t->cols, room = t->room, i = 0, high = room / (2 * (cols ? cols : 1));
+    int64_t block = CACHED / (t->r ? t->r : 1) / STRIP * STRIP;
     if (block < STRIP) block = STRIP;
     high = high > 64 ? 64 : high > ROWS ? high / ROWS * ROWS : high; /* whose elements have room, all doubtful */
-    for (; i < rows && d->count + high * cols <= room && back->unsure->count + high * cols <= room; i += high) {
-        int64_t end = i + high < rows ? i + high : rows;
+    for (; i < t->rows && t->found.count + high * cols <= room && t->unsure.count + high * cols <= room; i += high) {
+        int64_t end = i + high < t->rows ? i + high : t->rows;
+        int few = t->looked <= 4096 + i * cols / 128; /* more would cost more than it saves */
         for (int64_t j = 0; j < cols; j += block)
             for (int64_t k = i; k < end; k += ROWS)
-                for (int64_t j0 = j; j0 < cols && j0 < j + block; j0 += STRIP)
-                    strip(in, out, W, to, L, R, k, end - k < ROWS ? end - k : ROWS, j0,
-                          cols - j0 < STRIP ? cols - j0 : STRIP, cols, r, s, d, back);
+                for (int64_t j0 = j; j0 < cols && j0 < j + block; j0 += STRIP) {
+                    int64_t h = end - k < ROWS ? end - k : ROWS, n = cols - j0 < STRIP ? cols - j0 : STRIP;
+                    if (fast && few) in_single(t, k, h, j0, n);
+                    else in_double(in, out, single, t, k, h, j0, n);
+                }
     }
-    return i < rows ? i : rows;
+    return i < t->rows ? i : t->rows;
 }
-
-/* As algebra/native/__init__.py has it. `found` is of what was rounded, `unsure` of the residual. */
-struct task {
-    const void *W;
-    void *to;
-    const double *L, *R;
-    int64_t rows, cols, r;
-    struct screen screen;
-    struct doubtful found;
-    int64_t room;
-    int8_t *small;
-    struct screen back;
-    struct doubtful unsure;
-};
 
 /* Rows of W (rows, cols) from the first on, into `to`, which may be W. Returns how many were done: all, unless room
  * for elements in doubt may not last. `room` is at least 2·cols. */
 #define MERGE(NAME, IN, OUT)                                                                                          \
     FOR_EACH_MACHINE int64_t NAME(struct task *t)                                                                     \
     {                                                                                                                 \
-        struct residual back = {t->small, t->back, &t->unsure};                                                       \
-        return merge(IN, OUT, t->W, t->to, t->L, t->R, t->rows, t->cols, t->r, t->screen, &t->found, &back, t->room); \
+        if (!t->Rsingle) return merge(IN, OUT, 0, 0, t);                                                              \
+        return merge(IN, OUT, 1, IN == BF16 && OUT == BF16 && t->margin != 0, t);                                     \
     }
 
 MERGE(loreg_merge_bf16_bf16, BF16, BF16)
