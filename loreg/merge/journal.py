@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from loreg.algebra.native import nonzero
 from loreg.checkpoint import open_binary, read_range
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
@@ -148,7 +150,7 @@ class Recorder:
 
     def _blocks(self, raw: memoryview, small: Array, wide: Array) -> None:
         """Whole blocks, or the last one."""
-        index = _nonzero(small)
+        index = nonzero(torch.from_numpy(small)).numpy()
         values, offsets = small[index], (index % BLOCK).astype("<u2")
         bounds = np.searchsorted(index, np.arange(0, len(small) + BLOCK, BLOCK))
         escapes = np.searchsorted(np.flatnonzero(values == ESCAPE), bounds) if len(wide) else np.zeros_like(bounds)
@@ -174,14 +176,6 @@ class Recorder:
             self._hasher.update(self._out)
             self._extents.append(self._spill.append(self._out))
             self._out = bytearray()
-
-
-def _nonzero(small: Array) -> Array:
-    """Where it is not zero, ascending: eight elements at a time, as nearly all are."""
-    words = len(small) // 8
-    hot = np.flatnonzero(small[: 8 * words].view(np.int64))
-    rows, columns = np.nonzero(small[: 8 * words].reshape(-1, 8)[hot])
-    return np.concatenate([8 * hot[rows] + columns, 8 * words + np.flatnonzero(small[8 * words :])])
 
 
 def write_journal(

@@ -182,6 +182,16 @@ def _packed(right: Tensor) -> Tensor:
     return packed
 
 
+def nonzero(x: Tensor) -> Tensor:
+    """The places (int64, ascending) of what is not 0 in ``x`` (int8, 1-D, contiguous, on the CPU)."""
+    if library is None:
+        return x.nonzero()[:, 0]
+    index = torch.empty(len(x) + 1, dtype=torch.int64)  # of which pages are touched only as far as it is filled
+    library.loreg_nonzero.restype = ctypes.c_int64
+    data, places = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, index))
+    return index[: library.loreg_nonzero(data, ctypes.c_int64(len(x)), places)].clone()
+
+
 def computes(dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:
     """Whether there is a ``Fused`` for these."""
     return library is not None and device.type == "cpu" and dtype_in in _NAMES and dtype_out in _NAMES

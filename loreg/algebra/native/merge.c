@@ -447,3 +447,22 @@ MERGE(loreg_merge_bf16_bf16, BF16, BF16)
 MERGE(loreg_merge_f32_f32, F32, F32)
 MERGE(loreg_merge_f32_bf16, F32, BF16)
 MERGE(loreg_merge_bf16_f32, BF16, F32)
+
+/* The places of the n bytes that are not 0, ascending, into `index`, which has room for n; returns how many. */
+int64_t loreg_nonzero(const int8_t *x, int64_t n, int64_t *index)
+{
+    int64_t count = 0, i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t word;
+        memcpy(&word, x + i, 8);
+        for (int64_t k = i; word != 0; k++, word >>= 8) {
+            index[count] = k;
+            count += (word & 255) != 0;
+        }
+    }
+    for (; i < n; i++) {
+        index[count] = i;
+        count += x[i] != 0;
+    }
+    return count;
+}
