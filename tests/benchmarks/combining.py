@@ -12,6 +12,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +20,51 @@ from torch import Tensor, nn
 from loreg.algebra import LowRank
 from loreg.algebra.factor_space import METHODS
 from loreg.algebra.truncate import truncate_dense
+from tests.benchmarks.bench import Bench, Lines
 from tests.benchmarks.pairs import Timing, alternately, seconds_of
 
-ADAPTERS, RANK, SIDE = 4, 16, 2048
+ADAPTERS, RANK = 4, 16
 IN_A_ROW = 8
 WEIGHTS = (1.0, 0.7, 0.5, -0.3)
-HIDDEN, INNER, LAYERS = 4096, 11008, 32
 Given = list[tuple[float, tuple[LowRank, ...]]]
-SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
 
 
-def combining(runs: int) -> list[str]:
+@dataclass(frozen=True)
+class Sizes:
+    """``side`` of the module that is compared; ``name``, width, inner width and number of layers of a model."""
+
+    side: int
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        hidden, inner = self.hidden, self.inner
+        return [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+
+
+FULL = Sizes(2048, "7B", 4096, 11008, 32)
+SMALL = Sizes(128, "tiny", 128, 320, 2)
+
+
+def combine(bench: Bench) -> Lines:
+    """The section."""
+    yield from combining(bench.runs, SMALL if bench.small else FULL)
+
+
+def combining(runs: int, sizes: Sizes = FULL) -> list[str]:
     """The section, as lines of Markdown."""
-    modules = [_deltas(_factors(SIDE, SIDE, seed)) for seed in range(IN_A_ROW)]
-    factors = _factors(SIDE, SIDE, seed=0)
+    side, modules_of_model = sizes.side, sizes.layers * len(sizes.shapes)
+    modules = [_deltas(_factors(side, side, seed)) for seed in range(IN_A_ROW)]
+    factors = _factors(side, side, seed=0)
     ours, theirs = alternately(
-        max(runs, 7), [lambda: seconds_of(lambda: [_ours(given) for given in modules]) / IN_A_ROW, _peft(factors)]
+        max(runs, 7),
+        [lambda: seconds_of(lambda: [_ours(given) for given in modules]) / IN_A_ROW, _peft(factors, side)],
     )
-    whole, work = _model()
-    delta = _dense(factors)
+    whole, work = _model(sizes)
+    delta = _dense(factors, side)
     extract, lapack = alternately(
         max(1, runs // 2),
         [
@@ -50,10 +77,10 @@ def combining(runs: int) -> list[str]:
         "",
         "| work | ours | theirs | faster | goal |",
         "| --- | --- | --- | --- | --- |",
-        _row(f"`svd`, per module of {SIDE}²", ours, "PEFT `add_weighted_adapter`", theirs, "≥ 200 times"),
-        f"| `svd`, all {LAYERS * len(SHAPES)} modules of a 7B Llama | **{whole:.3g}** s ({work:.3g} s without making "
-        "the factors) |  |  | < 120 s |",
-        _row(f"extract, a dense delta of {SIDE}²", extract, "`torch.linalg.svd`, float64", lapack, ""),
+        _row(f"`svd`, per module of {side}²", ours, "PEFT `add_weighted_adapter`", theirs, "≥ 200 times"),
+        f"| `svd`, all {modules_of_model} modules of a {sizes.name} Llama | **{whole:.3g}** s ({work:.3g} s without "
+        "making the factors) |  |  | < 120 s |",
+        _row(f"extract, a dense delta of {side}²", extract, "`torch.linalg.svd`, float64", lapack, ""),
     ]
 
 
@@ -83,19 +110,19 @@ def _ours(given: Given) -> tuple[Tensor, Tensor]:
     return delta.left.float(), delta.right.float()
 
 
-def _dense(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
-    noise = 1e-5 * torch.randn(SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def _dense(factors: list[tuple[Tensor, Tensor]], side: int) -> Tensor:
+    noise = 1e-5 * torch.randn(side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return sum((w * LowRank(B, A).dense() for w, (B, A) in zip(WEIGHTS, factors, strict=True)), noise)
 
 
-def _peft(factors: list[tuple[Tensor, Tensor]]) -> Callable[[], float]:
+def _peft(factors: list[tuple[Tensor, Tensor]], side: int) -> Callable[[], float]:
     """Times PEFT's ``add_weighted_adapter(combination_type="svd")`` on a model of one layer."""
     import peft
 
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.proj = nn.Linear(SIDE, SIDE, bias=False)
+            self.proj = nn.Linear(side, side, bias=False)
 
     names = [f"adapter{index}" for index in range(ADAPTERS)]
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["proj"])
@@ -128,12 +155,12 @@ def _check(theirs: Tensor, factors: list[tuple[Tensor, Tensor]]) -> None:
         raise RuntimeError(f"PEFT's result is {off:.1e} from ours.")
 
 
-def _model() -> tuple[float, float]:
-    """Seconds for all modules of a 7B Llama, one after the other, and without making their factors."""
+def _model(sizes: Sizes) -> tuple[float, float]:
+    """Seconds for all modules of a Llama, one after the other, and without making their factors."""
     began, work = time.perf_counter(), 0.0
-    for layer in range(LAYERS):
-        for index, (rows, columns) in enumerate(SHAPES):
-            factors = _factors(rows, columns, seed=layer * len(SHAPES) + index)
+    for layer in range(sizes.layers):
+        for index, (rows, columns) in enumerate(sizes.shapes):
+            factors = _factors(rows, columns, seed=layer * len(sizes.shapes) + index)
             work += seconds_of(lambda given=factors: _ours(_deltas(given)))  # type: ignore[misc]
     return time.perf_counter() - began, work
 

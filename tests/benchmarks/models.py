@@ -58,6 +58,10 @@ class Shape:
         return {**names, **ends, "lm_head.weight": (self.vocabulary, self.hidden)}
 
     @property
+    def parameters(self) -> int:
+        return sum(math.prod(size) for size in self.tensors.values())
+
+    @property
     def config(self) -> dict[str, object]:
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -74,8 +78,9 @@ class Shape:
 
 
 TINY = Shape("tiny", 64, 160, 2, 4, 2, 320)
+TINY_TWICE = Shape("tiny, twice as wide", 128, 320, 2, 4, 4, 320)
 LLAMA_1B = Shape("1.1 B", 2048, 5632, 22, 32, 4)
-LLAMA_7B = Shape("7 B", 4096, 11008, 32, 32, 32)
+LLAMA_7B = Shape("7 B-shaped", 4096, 11008, 32, 32, 32)
 
 
 def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> int:
@@ -88,13 +93,13 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> int:
         file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
         part = {name: shape.tensors[name] for name in names[shard::SHARDS]}
         header = canonical_header([(name, "BF16", sizes) for name, sizes in part.items()], {"format": "pt"})
-        with (folder / file).open("wb") as out:
+        with (folder / file).open("wb", buffering=0) as out:
             out.write(header.raw)
             for position, info in enumerate(header.tensors):
                 if not sparse:
                     _write(out.fileno(), drawn, position, info.nbytes // 2, len(info.shape) == 1)
-                    out.seek(0, os.SEEK_END)
             out.truncate(header.file_size)
+            os.fsync(out.fileno())
         weight_map.update(dict.fromkeys(part, file))
         size += header.file_size
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -112,7 +117,7 @@ def _write(descriptor: int, drawn: torch.Tensor, position: int, count: int, norm
     turned = torch.cat([drawn[start:], drawn[:start]]).view(torch.uint8).numpy()
     left = 2 * count
     while left:
-        left -= os.write(descriptor, memoryview(turned)[:left])
+        left -= os.write(descriptor, turned[:left].data)
 
 
 def make_adapter(folder: Path, shape: Shape, seed: int, relative: float = 0.01) -> None:
