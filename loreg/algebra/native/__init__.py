@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from loreg.algebra.passes import Candidates, Done
+from loreg.algebra.passes import Candidates, Done, Outcome
 from loreg.algebra.rounding import Workspace
 
+_CPU = torch.device("cpu")
+_NONE = Candidates(*(torch.empty(0, dtype=dtype) for dtype in (*[torch.int64] * 2, *[torch.float64] * 2)))
 _PANEL = 32
 _ROOM = 2**18
 """Doubtful elements that there is memory for: 6 MiB, of which only pages that are written count."""
@@ -32,6 +36,10 @@ class _Doubtful(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("count", ctypes.c_int64),
     )
+
+
+class _Wide(ctypes.Structure):
+    _fields_ = (("index", ctypes.c_void_p), ("by", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 class _Screen(ctypes.Structure):
@@ -52,6 +60,7 @@ class _Task(ctypes.Structure):
         ("small", ctypes.c_void_p),
         ("back", _Screen),
         ("unsure", _Doubtful),
+        ("wide", _Wide),
     )
 
 
@@ -64,28 +73,52 @@ def _load() -> ctypes.CDLL | None:
         source = (ctypes.c_char * 64).in_dll(found, "loreg_source").value.decode()
     except (OSError, ValueError):  # built for another machine, or by an early version
         return None
-    return found if source == hashlib.sha256(path.with_name("merge.c").read_bytes()).hexdigest() else None
+    here = b"".join(source.read_bytes() for source in sorted(path.parent.glob("*.c")))
+    return found if source == hashlib.sha256(here).hexdigest() else None
 
 
 library = _load()
-"""None where there is none, or one of another version of ``merge.c``."""
+"""None where there is none, or one of another version of the sources."""
+vector_bytes: int = library.loreg_bytes() if library else 0
+"""The width of the vectors that this processor has."""
+
+
+def _function(name: str) -> Callable[..., int]:
+    """The copy of a function of ``merge.c`` that is for this processor."""
+    function = getattr(library, f"loreg_{name}_{vector_bytes}")
+    function.restype = ctypes.c_int64
+    return cast("Callable[..., int]", function)
 
 
 class _Found:
     """Memory for elements in doubt, at a thread's disposal."""
 
     def __init__(self, use: str, room: int, workspace: Workspace) -> None:
-        cpu = torch.device("cpu")
-        self._index = workspace.take(f"{use} index", room, torch.int64, cpu)
-        self._near = workspace.take(f"{use} near", room, torch.float64, cpu)
-        self._were = workspace.take(f"{use} were", room, torch.float64, cpu)
+        self._index = workspace.take(f"{use} index", room, torch.int64, _CPU)
+        self._near = workspace.take(f"{use} near", room, torch.float64, _CPU)
+        self._were = workspace.take(f"{use} were", room, torch.float64, _CPU)
 
     def given(self) -> _Doubtful:
         return _Doubtful(self._index.data_ptr(), self._near.data_ptr(), self._were.data_ptr(), 0)
 
     def taken(self, given: _Doubtful, first: int, columns: int) -> Candidates:
+        if not given.count:
+            return _NONE
         index, near, were = (x[: given.count].clone() for x in (self._index, self._near, self._were))
         return Candidates(index // columns + first, index % columns, near, were)
+
+
+class _Known:
+    """Memory for corrections that are beyond a byte."""
+
+    def __init__(self, room: int, workspace: Workspace) -> None:
+        self._index, self._by = (workspace.take(f"wide {use}", room, torch.int64, _CPU) for use in ("index", "by"))
+
+    def given(self) -> _Wide:
+        return _Wide(self._index.data_ptr(), self._by.data_ptr(), 0)
+
+    def taken(self, given: _Wide) -> Outcome:
+        return Outcome(0, *(x[: given.count].clone() for x in (self._index, self._by))) if given.count else Outcome()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +170,11 @@ class Fused:
         screens: tuple[tuple[int, int, int], tuple[int, int, int]],
         workspace: Workspace,
     ) -> None:
-        self._function = getattr(library, "loreg_merge_" + "_".join(_NAMES[dtype] for dtype in dtypes))
-        self._function.restype = ctypes.c_int64
+        self._function = _function("_".join(("merge", *(_NAMES[dtype] for dtype in dtypes))))
         rank, columns = factors.right.shape
         room = max(_ROOM, 2 * columns)
         self._found, self._unsure = (_Found(use, room, workspace) for use in ("doubtful", "unsure"))
+        self._known = _Known(room, workspace)
         self._right = _packed(factors.right)
         self._task = _Task(
             cols=columns, r=rank, room=room, spread=factors.spread,
@@ -163,12 +196,14 @@ class Fused:
         for name, value in self._by_row.items():
             setattr(task, name, value[first:].data_ptr())
         task.small = None if residual is None else residual.data_ptr()
-        task.found, task.unsure = self._found.given(), self._unsure.given()
+        task.found, task.unsure, task.wide = self._found.given(), self._unsure.given(), self._known.given()
         done = self._function(ctypes.byref(task))
         if not contiguous:
             out[:done] = to[:done]
         found = self._found.taken(task.found, first, task.cols)
-        return Done(done, found, None if residual is None else self._unsure.taken(task.unsure, first, task.cols))
+        if residual is None:
+            return Done(done, found, None)
+        return Done(done, found, self._unsure.taken(task.unsure, first, task.cols), self._known.taken(task.wide))
 
 
 def _packed(right: Tensor) -> Tensor:
@@ -187,9 +222,8 @@ def nonzero(x: Tensor) -> Tensor:
     if library is None:
         return x.nonzero()[:, 0]
     index = torch.empty(len(x) + 1, dtype=torch.int64)  # of which pages are touched only as far as it is filled
-    library.loreg_nonzero.restype = ctypes.c_int64
     data, places = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, index))
-    return index[: library.loreg_nonzero(data, ctypes.c_int64(len(x)), places)].clone()
+    return index[: _function("nonzero")(data, ctypes.c_int64(len(x)), places)].clone()
 
 
 def computes(dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from sysconfig import get_platform
 from typing import Any
@@ -14,13 +15,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path(__file__).parent
 _FLAGS = (
-    *("-std=gnu11", "-O3", "-fPIC", "-shared"),
+    *("-std=gnu11", "-O3", "-fPIC", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     "-fno-tree-loop-distribute-patterns",  # short copies stay loops
 )
-# One copy of each function for each kind of processor, of which the loader takes the best: not every compiler and C
-# library can.
-_ATTEMPTS = (("-DLOREG_CLONES", "-Wno-psabi"), ("-Wno-psabi",), ())
+_LEVELS = {
+    16: (),
+    32: ("-mavx2", "-mfma"),
+    64: ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+}
+"""Bytes of a vector, and what a compiler has to be told for that: what levels.c asks the processor for. All from the
+first that it does not take are left out, as on other machines than x86."""
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -41,17 +46,31 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def compiled(library: Path) -> Path | None:
-    """``library``, newly made from the source; None where that cannot be done."""
+    """``library``, newly made from the sources; None where that cannot be done."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.name != "posix":
         return None
-    source = _FOLDER / "merge.c"
-    named = f'-DLOREG_SOURCE="{hashlib.sha256(source.read_bytes()).hexdigest()}"'
-    fresh = library.with_suffix(f".{os.getpid()}")
-    for extra in _ATTEMPTS:
-        command = [compiler, *_FLAGS, named, *extra, str(source), "-o", str(fresh), "-lm"]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            fresh.replace(library)  # at once: a process may have the old one loaded
-            return library
-    fresh.unlink(missing_ok=True)
-    return None
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        folder, objects = Path(scratch), list[Path]()
+        for width, machine in _LEVELS.items():
+            made = folder / f"{width}.o"
+            if not _run(compiler, *_FLAGS, *machine, f"-DLOREG_BYTES={width}", "-c", _FOLDER / "merge.c", "-o", made):
+                break
+            objects.append(made)
+        named = f'-DLOREG_SOURCE="{source_digest(_FOLDER)}"', f"-DLOREG_WIDEST={[0, *_LEVELS][len(objects)]}"
+        fresh = folder / library.name
+        if not objects or not _run(
+            compiler, *_FLAGS, *named, "-shared", _FOLDER / "levels.c", *objects, "-o", fresh, "-lm"
+        ):
+            return None
+        fresh.replace(library)  # at once: a process may have the old one loaded
+    return library
+
+
+def source_digest(folder: Path) -> str:
+    """Of the C sources in ``folder``, by name: native/__init__.py has the same."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.c")))).hexdigest()
+
+
+def _run(*command: str | Path) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -2,8 +2,11 @@
  * still in doubt is listed.
  *
  * What algebra/edits.py does block by block in some ten passes of torch is here one pass, in which a strip of four
- * rows stays in the first-level cache. Plain C: loops that compilers turn into vectors of whatever width there is,
- * and in which the order of a sum may be any, as the bounds hold for all (algebra/rounding.py, Screen).
+ * rows stays in the first-level cache. Plain C: loops that compilers turn into vectors, and in which the order of a
+ * sum may be any, as the bounds hold for all (algebra/rounding.py, Screen).
+ *
+ * Compiled once for each width of vectors, LOREG_BYTES, which is in the names (levels.c, build.py): a vector that is
+ * wider than the registers lives in memory, and a sum of such took 17 ns where it takes 0.8.
  *
  * Where L·R is small beside W, as it is in adapters, single precision decides all but one element in some thousands,
  * in half the time. Those are summed in double, and what that cannot decide in pairs of doubles.
@@ -15,9 +18,6 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Of this file, by which the loader knows a library that was made from another version of it. */
-const char loreg_source[] = LOREG_SOURCE;
-
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "storage is little-endian, and read here as it lies"
 #endif
@@ -28,16 +28,18 @@ const char loreg_source[] = LOREG_SOURCE;
 #define CACHED 32768 /* numbers of R that are used on many rows before the next are fetched */
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(LOREG_CLONES) && defined(__x86_64__)
-#define FOR_EACH_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_MACHINE
-#endif
+#define NAMED_(NAME, BYTES) NAME##_##BYTES
+#define NAMED(NAME, BYTES) NAMED_(NAME, BYTES)
+#define DOUBLES (LOREG_BYTES / 8) /* in a vector */
+#define SINGLES (LOREG_BYTES / 4)
 
-typedef double doubles __attribute__((vector_size(64), aligned(8)));
-typedef float singles __attribute__((vector_size(64), aligned(4)));
-typedef float halves __attribute__((vector_size(32), aligned(4)));
-typedef uint8_t bytes __attribute__((vector_size(64), aligned(1)));
+typedef double doubles __attribute__((vector_size(LOREG_BYTES), aligned(8)));
+typedef float singles __attribute__((vector_size(LOREG_BYTES), aligned(4)));
+typedef float halves __attribute__((vector_size(LOREG_BYTES / 2), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(LOREG_BYTES), aligned(4)));
+typedef int32_t places __attribute__((vector_size(LOREG_BYTES), aligned(4)));
+typedef uint16_t shorts __attribute__((vector_size(LOREG_BYTES / 2), aligned(2)));
+typedef uint8_t bytes __attribute__((vector_size(LOREG_BYTES), aligned(1)));
 
 enum dtype { BF16, F32 };
 
@@ -46,6 +48,7 @@ enum dtype { BF16, F32 };
 struct screen { uint64_t tau, top, slack; };
 
 struct doubtful { int64_t *index; double *near, *weight; int64_t count; };
+struct wide { int64_t *index, *by, count; };
 
 /* As algebra/native/__init__.py has it. R is there once, as doubles or, where it has no more bits, as floats. `Lrest`:
  * what rounding L to double lost, null for nothing. `margin`: the error of L·R in single precision for each row; null
@@ -65,10 +68,11 @@ struct task {
     int8_t *small;
     struct screen back;
     struct doubtful unsure;
+    struct wide wide;
 };
 
 /* Of an undo: by how many storage values W lies from what taking back the delta gives, for each element; UNSURE where
- * that is to be decided exactly, or is beyond a byte. */
+ * that is to be decided exactly, or is beyond a byte and so is in the list of the wide ones. */
 #define UNSURE (-128)
 
 INLINE uint32_t bits32(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
@@ -105,15 +109,6 @@ INLINE uint64_t is_doubtful(enum dtype dtype, double x, struct screen s)
     }
     uint32_t u = word32(x), magnitude = u & 0x7fffffffu, tau = (uint32_t)s.tau;
     return (uint32_t)(u << 16 == 0x80000000u) | (uint32_t)(magnitude - tau >= (uint32_t)s.top - tau);
-}
-
-/* Of a number that is off by `margin` and its own rounding at most: whether it may lie on the other side of the midpoint
- * of its neighbours in bfloat16, or beyond the largest one. What is no number is doubtful too. */
-INLINE uint32_t is_near(float x, float margin)
-{
-    uint32_t u = bits32(x);
-    float from = fabsf(x - float32((u & 0xffff0000u) | 0x8000u));
-    return (uint32_t)!(from > margin + fabsf(x) * 0x1.01p-24f) | (uint32_t)((u & 0x7fffffffu) >= 0x7f7f0000u);
 }
 
 /* ---- single elements ---- */
@@ -187,10 +182,10 @@ static __attribute__((noinline)) int decide(enum dtype out, const struct task *t
     return 1;
 }
 
-/* One element of W' that was in doubt; what is still so goes on the list. */
-INLINE uint32_t settled(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j)
+/* One element of W' that was in doubt, of which `by` is the delta; what is still in doubt goes on the list. */
+INLINE uint32_t settled(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, double by)
 {
-    double weight = value(in, t->W, i * t->cols + j), near = weight + delta(t, i, j);
+    double weight = value(in, t->W, i * t->cols + j), near = weight + by;
     uint32_t u = out == BF16 ? nearest16(word32(near)) : word32(near);
     struct doubtful *d = &t->found;
     if (is_doubtful(out, near, t->screen) && !decide(out, t, i, j, weight, 1, &u)) {
@@ -199,17 +194,19 @@ INLINE uint32_t settled(enum dtype in, enum dtype out, struct task *t, int64_t i
     return u;
 }
 
-/* Of one element the residual, of which nothing is known yet; what is beyond a byte or in doubt goes on the list. */
-INLINE int8_t looked_back(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, uint32_t after,
-                          int open)
+/* Of one element the residual, of which nothing is known yet; what is beyond a byte or in doubt goes on a list. */
+INLINE int8_t looked_back(enum dtype in, enum dtype out, struct task *t, int64_t i, int64_t j, double by,
+                          uint32_t after, int open)
 {
     int64_t at = i * t->cols + j;
-    double weight = value(in, t->W, at), by = delta(t, i, j), now = number(out, after), near = now - by;
+    double weight = value(in, t->W, at), now = number(out, after), near = now - by;
     uint32_t u = in == BF16 ? nearest16(word32(near)) : word32(near);
     struct doubtful *d = &t->unsure;
     if (!open && (!is_doubtful(in, near, t->back) || decide(in, t, i, j, now, -1, &u))) {
         int64_t distance = place(in, raw(in, t->W, at)) - place(in, u);
         if (distance > -128 && distance < 128) return (int8_t)distance;
+        t->wide.index[t->wide.count] = at, t->wide.by[t->wide.count++] = distance;
+        return UNSURE;
     }
     d->index[d->count] = at, d->near[d->count] = by, d->weight[d->count++] = weight;
     return UNSURE;
@@ -219,7 +216,7 @@ INLINE int8_t looked_back(enum dtype in, enum dtype out, struct task *t, int64_t
 INLINE void copy(char *to, const char *from, int64_t size)
 {
     int64_t k = 0;
-    for (; k + 64 <= size; k += 64) *(bytes *)(to + k) = *(const bytes *)(from + k);
+    for (; k + LOREG_BYTES <= size; k += LOREG_BYTES) *(bytes *)(to + k) = *(const bytes *)(from + k);
     for (; k + 4 <= size; k += 4) memcpy(to + k, from + k, 4);
     for (; k < size; k++) to[k] = from[k];
 }
@@ -238,16 +235,18 @@ INLINE void settle(enum dtype in, enum dtype out, struct task *t, int64_t i, int
         uint64_t any;
         memcpy(&any, flags + word, 8);
         for (int64_t k = word; any != 0; k++, any >>= 8) {
+            if (!(any & (DOUBTFUL | UNKNOWN))) continue;
             int64_t before = t->found.count;
+            double by = delta(t, i, j + k);
             if (any & DOUBTFUL) {
-                uint32_t u = settled(in, out, t, i, j + k);
+                uint32_t u = settled(in, out, t, i, j + k, by);
                 if (out == BF16) ((uint16_t *)rounded)[k] = (uint16_t)u;
                 else rounded[k] = u;
                 t->looked++;
             }
-            if (t->small && any & (DOUBTFUL | UNKNOWN))
+            if (t->small)
                 t->small[i * t->cols + j + k] =
-                    looked_back(in, out, t, i, j + k, raw(out, rounded, k), t->found.count > before);
+                    looked_back(in, out, t, i, j + k, by, raw(out, rounded, k), t->found.count > before);
         }
     }
 }
@@ -317,46 +316,94 @@ INLINE void end_in_double(enum dtype in, enum dtype out, struct task *t, int64_t
     copy((char *)t->to + at * size, (const char *)rounded, n * size);
 }
 
-INLINE uint32_t round_singles(const float *restrict x, int64_t n, uint16_t *restrict to, float margin)
+/* Which numbers, off by `margin` and their own rounding at most, may lie on the other side of the midpoint of their
+ * neighbours in bfloat16, or beyond the largest one. What is no number does. */
+INLINE words are_near(singles x, singles margin)
 {
-    uint32_t any = 0;
-    for (int64_t k = 0; k < n; k++) {
-        to[k] = nearest16(bits32(x[k]));
-        any |= is_near(x[k], margin);
-    }
-    return any;
+    words u = (words)x;
+    singles from = x - (singles)((u & 0xffff0000u) | 0x8000u), size = (singles)(u & 0x7fffffffu);
+    from = (singles)((words)from & 0x7fffffffu);
+    return ~(words)(from > size * 0x1.01p-24f + margin) | (words)(size >= 0x1.fep127f);
 }
 
-/* From the deltas of bfloat16 to bfloat16 in single precision. */
+/* Rounded halves upward, as halves are near: bfloat16 with its sign's bits before it, to the place among all. */
+INLINE places rounded_place(singles x)
+{
+    places s = (places)((words)x + 0x8000u) >> 16;
+    return s ^ ((s >> 31) & 0x7fff);
+}
+
+/* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole vector. */
 INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const float *restrict delta)
 {
     int64_t at = i * t->cols + j;
-    uint16_t rounded[STRIP], predicted[STRIP];
-    float sum[STRIP], near[STRIP], margin = t->margin[i];
+    uint32_t rounded[STRIP], doubts[STRIP];
+    int32_t by[STRIP];
+    uint16_t last[STRIP];
     const uint16_t *W = (const uint16_t *)t->W + at;
-    for (int64_t k = 0; k < n; k++) sum[k] = float32((uint32_t)W[k] << 16) + delta[k];
-    uint64_t any = round_singles(sum, n, rounded, margin);
-    if (t->small) {
-        for (int64_t k = 0; k < n; k++) near[k] = float32((uint32_t)rounded[k] << 16) - delta[k];
-        any |= round_singles(near, n, predicted, margin);
-        any |= compare(BF16, t->W, at, (const uint32_t *)predicted, n, t->small + at);
+    int8_t *restrict small = t->small ? t->small + at : 0;
+    words any = {0};
+    singles margin = (singles)any + t->margin[i];
+    if (n % SINGLES) { /* what is read beyond the row is an even number */
+        for (int64_t k = 0; k < STRIP; k++) last[k] = 0x4000;
+        copy((char *)last, (const char *)W, n * 2);
+        W = last;
     }
-    if (__builtin_expect(any != 0, 0)) {
+    for (int64_t k = 0; k < n; k += SINGLES) {
+        words were = __builtin_convertvector(*(const shorts *)(W + k), words) << 16;
+        singles d = *(const singles *)(delta + k), x = (singles)were + d;
+        words up = (words)x + 0x8000u, doubt = are_near(x, margin) & DOUBTFUL;
+        *(words *)(rounded + k) = up >> 16;
+        if (small) {
+            singles back = (singles)(up & 0xffff0000u) - d;
+            places off = rounded_place((singles)were) - rounded_place(back);
+            doubt |= (are_near(back, margin) | (words)(off > 127) | (words)(off < -127)) & UNKNOWN;
+            *(places *)(by + k) = off;
+        }
+        *(words *)(doubts + k) = doubt;
+        any |= doubt;
+    }
+    for (int64_t k = 0; small && k < n; k++) small[k] = (int8_t)by[k];
+    uint16_t *restrict to = (uint16_t *)t->to + at;
+    int some = 0;
+    for (int64_t k = 0; k < SINGLES; k++) some |= any[k] != 0;
+    if (__builtin_expect(some, 0)) {
         uint8_t flags[STRIP + 8] = {0};
-        for (int64_t k = 0; k < n; k++) flags[k] = DOUBTFUL * (uint8_t)is_near(sum[k], margin);
-        for (int64_t k = 0; t->small && k < n; k++)
-            flags[k] |= UNKNOWN * (uint8_t)(is_near(near[k], margin) | (t->small[at + k] == UNSURE));
-        settle(BF16, BF16, t, i, j, n, (uint32_t *)rounded, flags);
+        uint16_t narrow[STRIP];
+        for (int64_t k = 0; k < n; k++) flags[k] = (uint8_t)doubts[k], narrow[k] = (uint16_t)rounded[k];
+        settle(BF16, BF16, t, i, j, n, (uint32_t *)narrow, flags);
+        copy((char *)to, (const char *)narrow, n * 2);
+        return;
     }
-    copy((char *)t->to + at * 2, (const char *)rounded, n * 2);
+    for (int64_t k = 0; k < n; k++) to[k] = (uint16_t)rounded[k];
 }
 
 /* ---- strips of up to ROWS rows, from (i, j0) on ---- */
 
-INLINE doubles eight(const struct task *t, int single, int64_t at)
+/* Asks for the same columns of the rows that come next: pieces of rows are too short for a processor to foresee. */
+INLINE void fetch(const struct task *t, int64_t size, int64_t i, int64_t j0, int64_t n)
+{
+    for (int64_t k = i + ROWS; k < i + 2 * ROWS && k < t->rows; k++)
+        for (int64_t at = 0; at < n * size; at += 64)
+            __builtin_prefetch((const char *)t->W + (k * t->cols + j0) * size + at);
+}
+
+INLINE doubles some(const struct task *t, int single, int64_t at)
 {
     return single ? __builtin_convertvector(*(const halves *)(t->Rsingle + at), doubles) : *(const doubles *)(t->R + at);
 }
+
+/* Of a kernel: two vectors of each of four rows, of TYPE, which stay in registers. */
+#define SUMS(TYPE, TO)                                                                                                \
+    TYPE *p0 = (TYPE *)(TO[0] + j), *p1 = (TYPE *)(TO[1] + j), *p2 = (TYPE *)(TO[2] + j), *p3 = (TYPE *)(TO[3] + j);   \
+    TYPE a0 = {0}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0
+#define ADD(K, X, Y)                                                                                                  \
+    a0 += (X) * l0[K], b0 += (Y) * l0[K], a1 += (X) * l1[K], b1 += (Y) * l1[K];                                       \
+    a2 += (X) * l2[K], b2 += (Y) * l2[K], a3 += (X) * l3[K], b3 += (Y) * l3[K]
+#define STORE p0[0] = a0, p0[1] = b0, p1[0] = a1, p1[1] = b1, p2[0] = a2, p2[1] = b2, p3[0] = a3, p3[1] = b3
+#define LEFTS(TYPE, L)                                                                                                \
+    const TYPE *l0 = (L) + i * r, *l1 = (L) + (i + (h > 1)) * r, *l2 = (L) + (i + (h > 2) * 2) * r,                   \
+               *l3 = (L) + (i + (h > 3) * 3) * r
 
 INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t, int64_t i, int64_t h, int64_t j0, int64_t n)
 {
@@ -366,25 +413,17 @@ INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t,
         if (n < STRIP || k >= h) memset(sum[k], 0, sizeof sum[k]);
         for (int64_t j = 0; k < h && j < n; j++) sum[k][j] = value(in, t->W, (i + k) * t->cols + j0 + j);
     }
-    const double *l0 = t->L + i * r, *l1 = t->L + (i + (h > 1)) * r, *l2 = t->L + (i + (h > 2) * 2) * r,
-                 *l3 = t->L + (i + (h > 3) * 3) * r;
-    for (int64_t j = 0; j < n; j += 16) {
+    LEFTS(double, t->L);
+    fetch(t, in == BF16 ? 2 : 4, i, j0, n);
+    for (int64_t j = 0; j < n; j += 2 * DOUBLES) {
         int64_t panel = (j0 + j) / PANEL * PANEL * r + (j0 + j) % PANEL;
-        doubles a0 = *(doubles *)(sum[0] + j), b0 = *(doubles *)(sum[0] + j + 8);
-        doubles a1 = *(doubles *)(sum[1] + j), b1 = *(doubles *)(sum[1] + j + 8);
-        doubles a2 = *(doubles *)(sum[2] + j), b2 = *(doubles *)(sum[2] + j + 8);
-        doubles a3 = *(doubles *)(sum[3] + j), b3 = *(doubles *)(sum[3] + j + 8);
+        SUMS(doubles, sum);
+        a0 = p0[0], b0 = p0[1], a1 = p1[0], b1 = p1[1], a2 = p2[0], b2 = p2[1], a3 = p3[0], b3 = p3[1];
         for (int64_t k = 0; k < r; k++) {
-            doubles x = eight(t, single, panel + PANEL * k), y = eight(t, single, panel + PANEL * k + 8);
-            a0 += x * l0[k], b0 += y * l0[k];
-            a1 += x * l1[k], b1 += y * l1[k];
-            a2 += x * l2[k], b2 += y * l2[k];
-            a3 += x * l3[k], b3 += y * l3[k];
+            doubles x = some(t, single, panel + PANEL * k), y = some(t, single, panel + PANEL * k + DOUBLES);
+            ADD(k, x, y);
         }
-        *(doubles *)(sum[0] + j) = a0, *(doubles *)(sum[0] + j + 8) = b0;
-        *(doubles *)(sum[1] + j) = a1, *(doubles *)(sum[1] + j + 8) = b1;
-        *(doubles *)(sum[2] + j) = a2, *(doubles *)(sum[2] + j + 8) = b2;
-        *(doubles *)(sum[3] + j) = a3, *(doubles *)(sum[3] + j + 8) = b3;
+        STORE;
     }
     for (int64_t k = 0; k < h; k++) end_in_double(in, out, t, i + k, j0, n, sum[k]);
 }
@@ -393,22 +432,16 @@ INLINE void in_single(struct task *t, int64_t i, int64_t h, int64_t j0, int64_t 
 {
     float delta[ROWS][STRIP] __attribute__((aligned(64)));
     int64_t r = t->r;
-    const float *l0 = t->Lsingle + i * r, *l1 = t->Lsingle + (i + (h > 1)) * r,
-                *l2 = t->Lsingle + (i + (h > 2) * 2) * r, *l3 = t->Lsingle + (i + (h > 3) * 3) * r;
-    for (int64_t j = 0; j < n; j += PANEL) {
-        const float *panel = t->Rsingle + (j0 + j) * r;
-        singles a0 = {0}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0;
+    LEFTS(float, t->Lsingle);
+    fetch(t, 2, i, j0, n);
+    for (int64_t j = 0; j < n; j += 2 * SINGLES) {
+        const float *panel = t->Rsingle + (j0 + j) / PANEL * PANEL * r + (j0 + j) % PANEL;
+        SUMS(singles, delta);
         for (int64_t k = 0; k < r; k++) {
-            singles x = *(const singles *)(panel + PANEL * k), y = *(const singles *)(panel + PANEL * k + 16);
-            a0 += x * l0[k], b0 += y * l0[k];
-            a1 += x * l1[k], b1 += y * l1[k];
-            a2 += x * l2[k], b2 += y * l2[k];
-            a3 += x * l3[k], b3 += y * l3[k];
+            singles x = *(const singles *)(panel + PANEL * k), y = *(const singles *)(panel + PANEL * k + SINGLES);
+            ADD(k, x, y);
         }
-        *(singles *)(delta[0] + j) = a0, *(singles *)(delta[0] + j + 16) = b0;
-        *(singles *)(delta[1] + j) = a1, *(singles *)(delta[1] + j + 16) = b1;
-        *(singles *)(delta[2] + j) = a2, *(singles *)(delta[2] + j + 16) = b2;
-        *(singles *)(delta[3] + j) = a3, *(singles *)(delta[3] + j + 16) = b3;
+        STORE;
     }
     for (int64_t k = 0; k < h; k++) end_in_single(t, i + k, j0, n, delta[k]);
 }
@@ -420,7 +453,8 @@ INLINE int64_t merge(enum dtype in, enum dtype out, int single, int fast, struct
     int64_t block = CACHED / (t->r ? t->r : 1) / STRIP * STRIP;
     if (block < STRIP) block = STRIP;
     high = high > 64 ? 64 : high > ROWS ? high / ROWS * ROWS : high; /* whose elements have room, all doubtful */
-    for (; i < t->rows && t->found.count + high * cols <= room && t->unsure.count + high * cols <= room; i += high) {
+    for (; i < t->rows; i += high) {
+        if (t->found.count + high * cols > room || t->unsure.count + t->wide.count + high * cols > room) return i;
         int64_t end = i + high < t->rows ? i + high : t->rows;
         int few = t->looked <= 4096 + i * cols / 128; /* more would cost more than it saves */
         for (int64_t j = 0; j < cols; j += block)
@@ -431,13 +465,13 @@ INLINE int64_t merge(enum dtype in, enum dtype out, int single, int fast, struct
                     else in_double(in, out, single, t, k, h, j0, n);
                 }
     }
-    return i < t->rows ? i : t->rows;
+    return t->rows;
 }
 
 /* Rows of W (rows, cols) from the first on, into `to`, which may be W. Returns how many were done: all, unless room
  * for elements in doubt may not last. `room` is at least 2·cols. */
 #define MERGE(NAME, IN, OUT)                                                                                          \
-    FOR_EACH_MACHINE int64_t NAME(struct task *t)                                                                     \
+    int64_t NAMED(NAME, LOREG_BYTES)(struct task *t)                                                                  \
     {                                                                                                                 \
         if (!t->Rsingle) return merge(IN, OUT, 0, 0, t);                                                              \
         return merge(IN, OUT, 1, IN == BF16 && OUT == BF16 && t->margin != 0, t);                                     \
@@ -449,7 +483,7 @@ MERGE(loreg_merge_f32_bf16, F32, BF16)
 MERGE(loreg_merge_bf16_f32, BF16, F32)
 
 /* The places of the n bytes that are not 0, ascending, into `index`, which has room for n; returns how many. */
-int64_t loreg_nonzero(const int8_t *x, int64_t n, int64_t *index)
+int64_t NAMED(loreg_nonzero, LOREG_BYTES)(const int8_t *x, int64_t n, int64_t *index)
 {
     int64_t count = 0, i = 0;
     for (; i + 8 <= n; i += 8) {
