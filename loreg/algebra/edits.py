@@ -66,10 +66,12 @@ def _rights(terms: Sequence[LowRank], columns: int, dtype: torch.dtype, device: 
     return torch.cat([torch.empty(0, columns, dtype=dtype, device=device), *(term.right.to(dtype) for term in terms)])
 
 
-def _norms(right: Tensor) -> Tensor:
-    """Of each column, in float64; in float32 a square may overflow."""
-    norms: Tensor = torch.linalg.vector_norm(right, dim=0, dtype=torch.float64)
-    return norms
+def _largest_norm(x: Tensor, dim: int) -> float:
+    """Of the rows or columns, in float64; in float32 a square may overflow.
+
+    Not by torch's norm, which takes thirteen times as long along columns.
+    """
+    return math.sqrt(_largest(x.double().square().sum(dim)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,7 @@ class Prepared:
         narrow = fused and all(term.right.dtype.itemsize < 8 for term in edit.low_rank)
         left, rest = _lefts(edit.low_rank, shape[0], device)
         right = _rights(edit.low_rank, columns, torch.float32 if narrow else torch.float64, device)
-        rows, largest = torch.linalg.vector_norm(left, dim=1), _largest(_norms(right))
+        rows, largest = torch.linalg.vector_norm(left, dim=1), _largest_norm(right, dim=0)
         summands = 1 + len(edit.dense) + left.shape[1]
         eta, spread = (summands + 8) * 2.0**-53, self._magnitude(_largest(rows) * largest)
         forth, back = (dtypes[1], eta, spread), (dtypes[0], 3 * eta, 2 * spread)

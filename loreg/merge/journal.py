@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loreg.algebra.native import nonzero
+from loreg.algebra.native import sparse
 from loreg.checkpoint import open_binary, read_range
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
@@ -150,20 +151,17 @@ class Recorder:
 
     def _blocks(self, raw: memoryview, small: Array, wide: Array) -> None:
         """Whole blocks, or the last one."""
-        index = nonzero(torch.from_numpy(small)).numpy()
-        values, offsets = small[index], (index % BLOCK).astype("<u2")
-        bounds = np.searchsorted(index, np.arange(0, len(small) + BLOCK, BLOCK))
+        counts, offsets, values = (found.numpy() for found in sparse(torch.from_numpy(small), BLOCK))
+        bounds = np.concatenate([[0], np.cumsum(counts)])
         escapes = np.searchsorted(np.flatnonzero(values == ESCAPE), bounds) if len(wide) else np.zeros_like(bounds)
-        counts, long = np.diff(bounds), wide.astype("<i8")
-        for block, count in enumerate(counts.tolist()):
-            a, b, c, d = *bounds[block : block + 2], *escapes[block : block + 2]
-            here = raw[block * BLOCK * self._width : (block + 1) * BLOCK * self._width]
-            if 3 * count + 8 * int(d - c) > len(here):
+        parts = offsets.astype("<u2", copy=False).data, values.data, wide.astype("<i8", copy=False).data
+        cuts, size = zip(bounds.tolist(), escapes.tolist(), strict=True), BLOCK * self._width
+        for block, ((a, c), (b, d)) in enumerate(pairwise(cuts)):
+            here = raw[block * size : (block + 1) * size]
+            if 3 * (b - a) + 8 * (d - c) > len(here):
                 self._put(_RAW, here)
             else:
-                self._put(
-                    count.to_bytes(4, "little"), offsets[a:b].tobytes(), values[a:b].tobytes(), long[c:d].tobytes()
-                )
+                self._put((b - a).to_bytes(4, "little"), parts[0][a:b], parts[1][a:b], parts[2][c:d])
 
     def _put(self, *parts: bytes | bytearray | memoryview) -> None:
         for part in parts:

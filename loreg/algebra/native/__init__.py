@@ -217,13 +217,20 @@ def _packed(right: Tensor) -> Tensor:
     return packed
 
 
-def nonzero(x: Tensor) -> Tensor:
-    """The places (int64, ascending) of what is not 0 in ``x`` (int8, 1-D, contiguous, on the CPU)."""
+def sparse(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not 0 in each ``block`` elements, at most 65536, of ``x`` (int8, 1-D, contiguous, on the CPU): how many
+    (int64), and one after the other their places in the block (uint16) and values (int8)."""
+    blocks = -(-len(x) // block)
     if library is None:
-        return x.nonzero()[:, 0]
-    index = torch.empty(len(x) + 1, dtype=torch.int64)  # of which pages are touched only as far as it is filled
-    data, places = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, index))
-    return index[: _function("nonzero")(data, ctypes.c_int64(len(x)), places)].clone()
+        index = x.nonzero()[:, 0]
+        return torch.bincount(index // block, minlength=blocks), (index % block).to(torch.uint16), x[index]
+    counts = torch.empty(blocks, dtype=torch.int64)
+    # Of these, pages are touched only as far as they are filled.
+    offsets, values = (torch.empty(len(x) + 8, dtype=dtype) for dtype in (torch.uint16, torch.int8))
+    given = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (counts, offsets, values))
+    _function("sparse")(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_int64(block), *given)
+    found = int(counts.sum())
+    return counts, offsets[:found], values[:found]
 
 
 def computes(dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:

@@ -17,6 +17,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "storage is little-endian, and read here as it lies"
@@ -316,6 +319,17 @@ INLINE void end_in_double(enum dtype in, enum dtype out, struct task *t, int64_t
     copy((char *)t->to + at * size, (const char *)rounded, n * size);
 }
 
+INLINE int any_of(words x)
+{
+#if LOREG_BYTES == 64
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif LOREG_BYTES == 32
+    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    return (x[0] | x[1] | x[2] | x[3]) != 0;
+#endif
+}
+
 /* Which numbers, off by `margin` and their own rounding at most, may lie on the other side of the midpoint of their
  * neighbours in bfloat16, or beyond the largest one. What is no number does. */
 INLINE words are_near(singles x, singles margin)
@@ -333,7 +347,10 @@ INLINE places rounded_place(singles x)
     return s ^ ((s >> 31) & 0x7fff);
 }
 
-/* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole vector. */
+/* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole vector.
+ *
+ * Taking back gives W' - delta = W + (W' - x), x the exact sum: less than half a step of W' from W. So it rounds to W
+ * unless W' has larger steps than W, or W is a power of two, below which steps are half as large. */
 INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const float *restrict delta)
 {
     int64_t at = i * t->cols + j;
@@ -355,9 +372,14 @@ INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const
         words up = (words)x + 0x8000u, doubt = are_near(x, margin) & DOUBTFUL;
         *(words *)(rounded + k) = up >> 16;
         if (small) {
-            singles back = (singles)(up & 0xffff0000u) - d;
-            places off = rounded_place((singles)were) - rounded_place(back);
-            doubt |= (are_near(back, margin) | (words)(off > 127) | (words)(off < -127)) & UNKNOWN;
+            words open = (words)((places)(up & 0x7f800000u) > (places)(were & 0x7f800000u));
+            places off = {0};
+            open |= (words)((were & 0x007f0000u) == 0);
+            if (any_of(open)) {
+                singles back = (singles)(up & 0xffff0000u) - d;
+                off = (rounded_place((singles)were) - rounded_place(back)) & (places)open;
+                doubt |= (are_near(back, margin) | (words)(off > 127) | (words)(off < -127)) & open & UNKNOWN;
+            }
             *(places *)(by + k) = off;
         }
         *(words *)(doubts + k) = doubt;
@@ -365,9 +387,7 @@ INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const
     }
     for (int64_t k = 0; small && k < n; k++) small[k] = (int8_t)by[k];
     uint16_t *restrict to = (uint16_t *)t->to + at;
-    int some = 0;
-    for (int64_t k = 0; k < SINGLES; k++) some |= any[k] != 0;
-    if (__builtin_expect(some, 0)) {
+    if (__builtin_expect(any_of(any), 0)) {
         uint8_t flags[STRIP + 8] = {0};
         uint16_t narrow[STRIP];
         for (int64_t k = 0; k < n; k++) flags[k] = (uint8_t)doubts[k], narrow[k] = (uint16_t)rounded[k];
@@ -482,21 +502,27 @@ MERGE(loreg_merge_f32_f32, F32, F32)
 MERGE(loreg_merge_f32_bf16, F32, BF16)
 MERGE(loreg_merge_bf16_f32, BF16, F32)
 
-/* The places of the n bytes that are not 0, ascending, into `index`, which has room for n; returns how many. */
-int64_t NAMED(loreg_nonzero, LOREG_BYTES)(const int8_t *x, int64_t n, int64_t *index)
+/* Of each block of `block` bytes, at most 65536, those that are not 0: their places in it and values, one after the
+ * other, and how many there are. `offsets` and `values` have room for n and seven. */
+void NAMED(loreg_sparse, LOREG_BYTES)(const int8_t *restrict x, int64_t n, int64_t block, int64_t *restrict counts,
+                                      uint16_t *restrict offsets, int8_t *restrict values)
 {
-    int64_t count = 0, i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t word;
-        memcpy(&word, x + i, 8);
-        for (int64_t k = i; word != 0; k++, word >>= 8) {
-            index[count] = k;
-            count += (word & 255) != 0;
+    int64_t count = 0;
+    for (int64_t first = 0; first < n; first += block) {
+        int64_t end = first + block < n ? first + block : n, i = first, before = count;
+        for (; i + 8 <= end; i += 8) {
+            uint64_t word;
+            memcpy(&word, x + i, 8);
+            while (word != 0) {
+                int64_t k = __builtin_ctzll(word) & ~7;
+                offsets[count] = (uint16_t)(i - first + k / 8), values[count++] = (int8_t)(word >> k);
+                word &= ~(255ull << k);
+            }
         }
+        for (; i < end; i++) {
+            offsets[count] = (uint16_t)(i - first), values[count] = x[i];
+            count += x[i] != 0;
+        }
+        *counts++ = count - before;
     }
-    for (; i < n; i++) {
-        index[count] = i;
-        count += x[i] != 0;
-    }
-    return count;
 }
