@@ -24,8 +24,7 @@ class Corrections:
     """What has to be added to predicted storage values, in the order of ``rounding.ordered``, to get W.
 
     ``counts`` (int64): how many there are in each block of 2¹⁶ elements. ``places`` (int16): of each within its
-    block, less 2¹⁵; ``by`` (int8); ``wide`` (int64): of those with UNSURE in ``by``, in their order. All on the device
-    of W.
+    block, less 2¹⁵; ``by`` (int8); ``wide`` (int64): of those with UNSURE in ``by``, in their order. On W's device.
     """
 
     counts: Tensor

@@ -48,11 +48,14 @@ class Edit:
 
     @classmethod
     def of(cls, target: Target, combining: Combining) -> Edit:
-        parts = target.edit.parts
-        is_plain = METHODS[combining.method].keeps_terms and all(
-            part.full is None and (part.weight is None or part.adapter.manifest.modules[part.weight].plain)
-            for part in parts
-        )
+        modules = [
+            part.adapter.manifest.modules[path]
+            for part in target.edit.parts
+            for path in (part.weight, part.bias)
+            if path is not None
+        ]
+        replaces = any(part.full is not None for part in target.edit.parts)
+        is_plain = METHODS[combining.method].keeps_terms and not replaces and all(m.plain for m in modules)
         bare = cls(target, combining, None)
         return cls(target, combining, bare.load(_no_base)) if is_plain else bare
 

@@ -6,6 +6,7 @@ other way round. What is not found one to one is refused, under its name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,8 +78,9 @@ def config_of(model: torch.nn.Module) -> dict[str, Any]:
         return {}
     if found.get("quantization_config"):
         raise Unsupported("The model is quantised, and merging needs plain numbers: load its 16-bit form.")
-    # Of the model that there is, not of the one that the checkpoint was saved from.
-    return {**found, "architectures": [type(model).__name__]}
+    # As a file would have it; and of the model that there is, not of the one that the checkpoint was saved from.
+    stored: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return {**stored, "architectures": [type(model).__name__]}
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ class Targets:
         """The largest first, for the threads. Raises BadInput, Unsupported naming what the model cannot be given."""
         edits = {name: edit for name, edit in edits_of(self.adapters).items() if edit.parts}
         places = self.places(edits)
-        self._refuse_untying(places)
+        self._refuse_untying(places, edits)
         targets: dict[tuple[int, int, int], Target] = {}
         for name, edit in edits.items():
             if name in places:
@@ -68,16 +68,17 @@ class Targets:
         )
         return BadInput(
             f"{label} has {name!r}, and the model has no such parameter (it has {len(self.live.tensors)} tensors, "
-            f"such as {min(self.live.tensors, default='none')!r}), whole or as a part of a stack: load the model that the "
-            "adapter was trained on, without wrappers that rename, join or shard its parameters."
+            f"such as {min(self.live.tensors, default='none')!r}), whole or as part of a stack: load the model that "
+            "the adapter was trained on, without wrappers that rename, join or shard its parameters."
         )
 
-    def _refuse_untying(self, places: Mapping[str, Place]) -> None:
+    def _refuse_untying(self, places: Mapping[str, Place], edits: Mapping[str, TensorEdit]) -> None:
         for name, source in untied_of(self.adapters).items():
-            if name in places and source in places and places[name].overlaps(places[source]):
+            here = name in places and source in places and places[name].overlaps(places[source])
+            if here and _content(edits.get(name)) != _content(edits.get(source)):
                 raise Unsupported(
                     f"The adapters change {name!r} and {source!r} each on its own, and the model has one parameter "
-                    "for both: a live model is not untied; merge the checkpoint, which stores both then, and load that."
+                    "for both: a live model is not untied; merge the checkpoint, which then stores both, and load it."
                 )
 
     def _check(self, target: Target, places: Mapping[str, Place]) -> None:
@@ -134,6 +135,20 @@ def _shape(name: str, edit: TensorEdit) -> tuple[int, ...]:
     if len(shapes) != 1:
         raise BadInput(f"The adapters take {name!r} for tensors of different shapes: {', '.join(map(str, shapes))}.")
     return shapes[0]
+
+
+def _content(edit: TensorEdit | None) -> list[tuple[object, ...]]:
+    """What an edit does, whatever the tensor is called."""
+    return [
+        (
+            part.adapter.digest,
+            part.adapter.weight,
+            part.weight,
+            part.bias,
+            part.replacement and part.replacement.value,
+        )
+        for part in (edit.parts if edit is not None else ())
+    ]
 
 
 def _takes(target: Target, copied: bool) -> bool:
