@@ -117,7 +117,7 @@ class Editing:
     def _apply(self, workspace: Workspace) -> None:
         weight = self.edit.target.place.weight
         if (replacement := self.edit.replacement()) is not None:
-            self._pieces.append(_Piece(0, len(weight) if weight.ndim else 1, weight.clone()))
+            self._pieces.append(_Piece(0, len(self._rows(weight)), weight.clone()))
             weight.copy_(replacement)
             return
         original: Tensor | None = None

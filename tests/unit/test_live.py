@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import live_models
 import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live_models import module_of
 
 import loreg
 from loreg import serving
@@ -24,33 +26,13 @@ from loreg.algebra.rounding import Workspace, bits
 from loreg.errors import BadInput, BaseMismatch, Conflict, LoregError, NotFound, Unsupported, UsageError
 from loreg.serving import applying
 from loreg.serving.live import prepare
-from loreg.tensors import NAMES, TORCH, to_memory
 
 Bytes = dict[str, tuple[str, bytes]]
 BIAS = f"{tiny.Q}.bias"
 
 
-def module_of(tensors: Mapping[str, tiny.Tensor]) -> torch.nn.Module:
-    """A model that has these parameters, and buffers of what is no float, under their names."""
-    root = torch.nn.Module()
-    for name, value in tensors.items():
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, torch.nn.Module())
-            module = getattr(module, part)
-        data = torch.frombuffer(bytearray(value.data), dtype=TORCH[value.dtype]).reshape(value.shape)
-        if data.is_floating_point():
-            module.register_parameter(leaf, torch.nn.Parameter(data))
-        else:
-            module.register_buffer(leaf, data)
-    return root
-
-
 def bytes_of(model: torch.nn.Module) -> Bytes:
-    named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    return {name: (NAMES[t.dtype], bytes(to_memory(t.detach().cpu().contiguous()))) for name, t in named.items()}
+    return {name: (dtype, data) for name, (dtype, _, data) in live_models.bytes_of(model).items()}
 
 
 def on_disk(folder: Path) -> Bytes:
@@ -378,7 +360,7 @@ def test_threads_and_torchs_own_number_of_them(pushed: loreg.Registry, tmp_path:
 # ---- laws ----
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]),
     rows=st.integers(1, 300),
@@ -414,7 +396,7 @@ def adapted(pushed: loreg.Registry, tmp_path: Path) -> Iterator[Callable[[str], 
     yield merged
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(weights=st.lists(st.integers(-300, 300), min_size=2, max_size=2), threads=st.integers(1, 3))
 def test_any_sum_is_merged_and_taken_back(
     pushed: loreg.Registry, tmp_path: Path, adapted: Callable[[str], Bytes], weights: list[int], threads: int
