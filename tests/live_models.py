@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,9 +39,8 @@ def load(folder: Path) -> torch.nn.Module:
     classes = json.loads(config.read_text()).get("architectures") if config.is_file() else None
     if not classes:
         return module_of(tiny.tensors_in(folder))
-    import transformers
-
-    model: torch.nn.Module = getattr(transformers, classes[0]).from_pretrained(folder, dtype="auto")
+    kind = getattr(importlib.import_module("transformers"), classes[0])
+    model: torch.nn.Module = kind.from_pretrained(folder, dtype="auto")
     return model.eval()
 
 

@@ -38,7 +38,8 @@ class Corrections:
         index = native.nonzero(residual) if residual.device.type == "cpu" else residual.nonzero()[:, 0]
         counts = torch.bincount(index >> 16, minlength=-(-len(residual) // _BLOCK))
         places = ((index & (_BLOCK - 1)) - _BLOCK // 2).to(torch.int16)
-        return cls(counts, places, residual[index], outcome.wide.to(residual.device))
+        # Not by [index], which takes three times as long, as it does below.
+        return cls(counts, places, residual.index_select(0, index), outcome.wide.to(residual.device))
 
     @property
     def nbytes(self) -> int:
@@ -57,5 +58,5 @@ class Corrections:
         if len(self.wide):
             by[by == UNSURE] = self.wide
         words = bits(predicted)
-        values = from_ordered(ordered(words[index].view(predicted.dtype)) + by, predicted.dtype)
-        words[index] = bits(values)
+        values = from_ordered(ordered(words.index_select(0, index).view(predicted.dtype)) + by, predicted.dtype)
+        words.scatter_(0, index, bits(values))
