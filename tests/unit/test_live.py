@@ -96,10 +96,17 @@ def test_the_bytes_are_those_of_a_merge_on_disk(
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "slerp"])
 def test_other_methods(pushed: loreg.Registry, tmp_path: Path, method: str) -> None:
+    """In the recipe's order, whatever the one that was given."""
     parameters = {} if method == "slerp" else {"density": 0.5}
-    check(pushed, tmp_path / "base", tmp_path, "sql + humor", method=method, parameters=parameters)
+    for expression in ("0.7*sql + 0.3*humor", "0.3*humor + 0.7*sql"):
+        check(pushed, tmp_path / "base", tmp_path, expression, method=method, parameters=parameters)
+        model = module_of(tiny.tensors_in(tmp_path / "base"))
+        ready = prepare(model, expression, pushed, method=method, parameters=parameters)
+        terms = [(adapter.digest, adapter.weight) for adapter in ready.edits[0].combining.adapters]
+        assert terms == sorted(terms) and len(terms) == 2
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_replaced_tensors_biases_and_what_reads_the_base(pushed: loreg.Registry, tmp_path: Path) -> None:
     """A norm that is replaced, one that is interpolated, a bias, and DoRA, of which the originals are kept."""
     base, rng = tmp_path / "base", np.random.default_rng(5)
