@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -42,9 +42,28 @@ _ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_pro
 """In which order the classes of transformers define the parameters of their experts: all of them do in this one."""
 
 # Stacked on disk under the names of memory, and as (in, out) where memory has (out, in).
-_TURNED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+TURNED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 
 _PIECE = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
+
+
+class InStack(NamedTuple):
+    """Where memory may have a layer of one expert: in the parameter ``stack``, of that ``expert``, of so many
+    ``pieces`` on top of each other the one at ``piece``."""
+
+    stack: str
+    expert: int
+    piece: int
+    pieces: int
+
+
+def in_stack(name: str) -> Iterator[InStack]:
+    """All places of a stored tensor that transformers may have stacked; none of one that is no layer of an expert."""
+    if match := _PIECE.fullmatch(name):
+        for parameter, known in _PIECES.items():
+            for pieces in known:
+                if match[3] in pieces:
+                    yield InStack(f"{match[1]}.{parameter}", int(match[2]), pieces.index(match[3]), len(pieces))
 
 
 class SharedTensor(RawTensor):
@@ -252,7 +271,7 @@ def _orientation(
         return next(iter(evidence))
     if site.pieces:  # what transformers stacks itself is (experts, out, in), and says so
         told = module.untransposed
-    elif not _TURNED_ON_DISK.isdisjoint(part.get("model_type") for part in layers.parts(config)):
+    elif not TURNED_ON_DISK.isdisjoint(part.get("model_type") for part in layers.parts(config)):
         told = None
     else:  # whether the module said that it is_transposed depends on the transformers that it was trained with
         told = module.untransposed if module.untransposed == module.transposed else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.manifest import AdapterManifest
 from loreg.format.module import IN_OUT
+from loreg.format.reference import format_weight
 from loreg.format.safetensors import Header, read_header
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
 from loreg.tensors import from_buffer, torch_dtype
@@ -104,6 +105,12 @@ class AdapterInput:
         reader = BlobReader(self.full_file(name))
         info = replace(reader.header.by_name()["tensor"], name=name)
         return StoredTensor(info, Shard(reader.path, reader.header, FileStamp.of(reader.path)))
+
+
+def in_recipe_order(adapters: Iterable[AdapterInput]) -> list[AdapterInput]:
+    """Those that do anything, in the recipe's order, so that nothing downstream can depend on how they were given."""
+    kept = (adapter for adapter in adapters if adapter.weight != 0)
+    return sorted(kept, key=lambda adapter: (adapter.digest, format_weight(adapter.weight)))
 
 
 class BlobReader:

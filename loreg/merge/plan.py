@@ -19,11 +19,10 @@ from loreg.errors import BadInput, BaseMismatch, CheckFailed, UsageError
 from loreg.format.base import BaseManifest, HubPin
 from loreg.format.fingerprint import Match, match_base
 from loreg.format.recipe import DTYPE_NAMES, Recipe
-from loreg.format.reference import format_weight
 from loreg.merge.combining import Combining, arithmetic_of
 from loreg.merge.copies import recognise_copy
 from loreg.merge.edits import edits_of, untied_of
-from loreg.merge.inputs import AdapterInput
+from loreg.merge.inputs import AdapterInput, in_recipe_order
 from loreg.merge.layout import Action, Layout, OutputShard, OutputTensor
 
 _HEADROOM = 16 << 20
@@ -89,8 +88,7 @@ def plan_merge(
         for adapter in adapters
     )
     mismatch = any(match < Match.TOUCHED for match in matches)
-    # In the recipe's order, so that nothing downstream can depend on the order in which the terms were given.
-    kept = sorted((a for a in adapters if a.weight != 0), key=lambda a: (a.digest, format_weight(a.weight)))
+    kept = in_recipe_order(adapters)
     recipe = Recipe.of(
         base_manifest.identity.weights_root,
         [(adapter.digest, adapter.weight) for adapter in kept],

@@ -17,7 +17,8 @@ import torch
 
 from tests.benchmarks.bench import Bench, Line, Lines, opened
 from tests.benchmarks.combining import combine
-from tests.benchmarks.devices import gpu, live
+from tests.benchmarks.devices import gpu
+from tests.benchmarks.live import live
 from tests.benchmarks.memory import memory
 from tests.benchmarks.merging import many, merge, undo, verify
 from tests.benchmarks.pairs import Row, Unmeasured, unmeasured

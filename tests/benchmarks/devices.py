@@ -1,32 +1,13 @@
-"""Rows that need a CUDA device, and those of live models, which ``live.py`` measures."""
+"""Rows that need a CUDA device: merges there against the CPU, and those of live models, which ``live`` measures."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import torch
 
+from tests.benchmarks import live
 from tests.benchmarks.bench import Bench, Lines
 from tests.benchmarks.merging import ONE
 from tests.benchmarks.pairs import HEADER, Row, compared, in_turn, unmeasured
-
-_LIVE = "tests.benchmarks.live"
-_UNMERGED = ("live unmerge with the journal, against the merge", "≤ 1.50 ×")
-_ROWS = {
-    "live": [("live model on the CPU, against PEFT `merge_adapter`", "≥ 5 times faster"), _UNMERGED],
-    "gpu": [
-        ("live model of 7 B shape, against the limit that moving bytes sets", "≥ 70 %"),
-        ("live model of 7 B shape, against PEFT on the same device", "≥ 10 times faster"),
-        _UNMERGED,
-    ],
-}
-"""What the functions of ``live.py`` measure, and its goals: printed without figures where there is none."""
-
-
-def live(bench: Bench) -> Lines:
-    """A live model on the CPU against PEFT's ``merge_adapter``."""
-    yield from _live("live", bench)
 
 
 def gpu(bench: Bench) -> Lines:
@@ -35,8 +16,10 @@ def gpu(bench: Bench) -> Lines:
     names = {place: f"{place.name}: merge with `--device cuda`" for place in bench.places}
     if not torch.cuda.is_available():
         yield from HEADER
-        for name, goal in [*((name, "") for name in names.values()), *_ROWS["gpu"]]:
-            yield unmeasured(name, "torch finds no CUDA device here", goal)
+        for name in names.values():
+            yield unmeasured(name, "torch finds no CUDA device here")
+        yield ""
+        yield from live.gpu(bench)
         return
     yield from (f"On one {torch.cuda.get_device_name()}, torch's CUDA {torch.version.cuda}.", "", *HEADER)
     for place, name in names.items():
@@ -50,16 +33,4 @@ def gpu(bench: Bench) -> Lines:
             else:
                 yield unmeasured(name, f"not {same}: {', '.join(sorted(roots))}", "the same")
     yield ""
-    yield from _live("gpu", bench)
-
-
-def _live(name: str, bench: Bench) -> Lines:
-    """What a function of ``live.py`` says: it takes the number of runs. A checkout may be without that file."""
-    there = importlib.util.find_spec(_LIVE) is not None
-    if there and not bench.small:
-        yield from getattr(importlib.import_module(_LIVE), name)(bench.runs)
-        return
-    reason = "live models have no small size" if there else "tests/benchmarks/live.py is not there"
-    yield from ("## Live models", "", *HEADER)
-    for row, goal in _ROWS[name]:
-        yield unmeasured(row, reason, goal)
+    yield from live.gpu(bench)

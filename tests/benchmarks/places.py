@@ -89,7 +89,7 @@ class Place:
 
     def _made(self) -> int:
         size = make_base(self.base, self.shape, sparse=self._sparse)
-        with loreg.open(self._home) as registry:
+        with loreg.open(self.home) as registry:
             registry.add_base(self.base, "base")
             for seed, name in enumerate(self._adapters):
                 make_adapter(self._folder / name, self.shape, seed)
@@ -200,13 +200,18 @@ class Place:
             raise Unmeasured("what came out is not the base")
         return Run(told["seconds"], whole, told)
 
+    def adapter(self, name: str) -> Path:
+        """One of the adapters, as PEFT saves it."""
+        return self._folder / name
+
     @property
-    def _home(self) -> Path:
+    def home(self) -> Path:
+        """Of the registry."""
         return self._folder / "home"
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "LOREG_HOME": str(self._home)}
+        return {**os.environ, "LOREG_HOME": str(self.home)}
 
 
 def _available_memory() -> int:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import live_models
 import pytest
+import tiny
 import torch
 
+import loreg
+from loreg import serving
 from loreg.algebra import elementwise
 from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.edits import WeightedSum
 from loreg.algebra.forms import Term, edit_of
+from loreg.errors import BadInput
 from loreg.format import methods
 from loreg.tensors import to_memory
 from tests.unit.form_cases import CASES, Case
@@ -73,3 +80,34 @@ def test_forms_give_the_same_bytes_on_cuda(case: Case) -> None:
         return bytes(to_memory(edit_of(case.form, term).apply(weight).cpu()))
 
     assert merged("cuda") == merged("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_live_model_on_cuda(dtype: str, registry: loreg.Registry, tmp_path: Path) -> None:
+    """The bytes of a merge on disk; and those of the base again, there or after a move to the CPU."""
+    base = tiny.write_model(tmp_path / "base", tiny.model(dtype=dtype, rows=160, cols=96))
+    registry.add_base(base, "base")
+    for seed, name in enumerate(("sql", "humor"), 1):
+        adapter = tiny.write_adapter(tmp_path / name, tiny.adapter(seed, rank=3, rows=160, cols=96))
+        registry.push(adapter, base="base", name=name)
+    registry.merge("0.5*sql - humor", tmp_path / "out", verify="none")
+    model = live_models.load(base).cuda()
+    before = live_models.bytes_of(model)
+    for place in ("cuda", "cpu"):
+        merged = serving.merge_(model, "0.5*sql - humor", registry)
+        assert live_models.bytes_of(model) == live_models.bytes_of(live_models.load(tmp_path / "out")) != before
+        serving.unmerge_(model.to(place), merged)
+        assert live_models.bytes_of(model) == before
+
+
+def test_an_error_half_way_on_cuda_leaves_nothing(registry: loreg.Registry, tmp_path: Path) -> None:
+    tensors = tiny.model()
+    registry.add_base(tiny.write_model(tmp_path / "base", tensors), "base")
+    registry.push(tiny.write_adapter(tmp_path / "sql", tiny.adapter()), base="base", name="sql")
+    model = live_models.load(tmp_path / "base").cuda()
+    with torch.no_grad():
+        model.get_submodule(tiny.V).weight[-1, -1] = float("inf")
+    before = live_models.bytes_of(model)
+    with pytest.raises(BadInput, match="infinite"):
+        serving.merge_(model, "sql", registry, check="none")
+    assert live_models.bytes_of(model) == before

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import live_models
 import pytest
 import torch
 
 import loreg
-from loreg.errors import LoregError
+from loreg import serving
+from loreg.errors import LoregError, Unsupported
 from tests.peers.variants import Built, Case, cases
 from tests.peers.variants.table import COLUMNS, PATH, Row, parse
 
@@ -34,6 +36,7 @@ def test_variant(case: Case, tmp_path: Path) -> None:
     assert registry.verify(tmp_path / "merged", kind="exact").ok
     unmerged = registry.unmerge(tmp_path / "merged", tmp_path / "unmerged")
     assert unmerged.matches_base
+    _in_memory(registry, built, tmp_path / "merged")
     _found[case.id] = Row(
         case,
         merge="yes",
@@ -41,6 +44,21 @@ def test_variant(case: Case, tmp_path: Path) -> None:
         compose=_composed(registry, merged.weights_root, tmp_path),
         export=_exported(registry, version, built, case, tmp_path),
     )
+
+
+def _in_memory(registry: loreg.Registry, built: Built, merged: Path) -> None:
+    """The live model becomes the one that is loaded from the merge, and the base again; or it is left as it was, for
+    what no live model can become."""
+    model = live_models.load(built.base)
+    base = live_models.bytes_of(model)
+    try:
+        done = serving.merge_(model, "adapter", registry)
+    except Unsupported as error:
+        assert re.search("not untied|not resized", str(error))
+    else:
+        assert live_models.bytes_of(model) == live_models.bytes_of(live_models.load(merged))
+        serving.unmerge_(model, done)
+    assert live_models.bytes_of(model) == base
 
 
 def _composed(registry: loreg.Registry, expected: object, folder: Path) -> str:

@@ -1,0 +1,204 @@
+"""``merge_`` and ``unmerge_``: a merge in the memory of a live model, in place, and the way back bit for bit.
+
+    merged = serving.merge_(model, "0.7*sql + 0.3*humor")
+    serving.unmerge_(model, merged)
+
+The parameters are then, byte for byte, what ``Registry.merge`` writes for the same expression. What undoes it is an
+integer for about one element in a hundred, and no copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from loreg.errors import Conflict, Unsupported, UsageError
+from loreg.format import methods
+from loreg.merge.combining import Combining
+from loreg.merge.inputs import in_recipe_order
+from loreg.registry import Registry
+from loreg.registry import open as open_registry
+from loreg.registry.inputs import resolve_terms
+from loreg.serving import applying
+from loreg.serving.applying import Edit, Editing
+from loreg.serving.places import Live, tensors_of
+from loreg.serving.targets import Targets, check_base
+
+Check = Literal["touched", "none"]
+State = tuple[int | None, torch.dtype]
+
+
+def merge_(
+    model: torch.nn.Module,
+    expression: str,
+    registry: Registry | None = None,
+    *,
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    check: Check = "touched",
+    threads: int | None = None,
+) -> Merged:
+    """W' = round(W + Σ wᵢΔWᵢ) for every parameter of ``model`` that the adapters of ``expression`` name, in place.
+
+    ``model``: any ``torch.nn.Module`` whose parameters are plain ones on CPU or CUDA devices, in float32, bfloat16,
+    float16 or float8, under the names of its checkpoint or those of transformers 5. What nothing names is left alone.
+    ``registry``: default ``loreg.open()``. ``method`` and ``parameters``: as ``Registry.merge`` takes them, but for
+    methods that work on factors: compose a version by them first, and merge that. ``threads``: of the CPU, a tensor
+    each; default is as many as torch uses.
+
+    ``check``: ``touched`` first hashes every parameter that the adapters name, and compares it with what they know of
+    their base (a wider dtype that holds the same values passes). On a CPU that reads them once; from a CUDA device
+    they are copied to the host for it, which takes about as long as loading them did. ``none`` takes the model as it
+    is, for one that was trained or rounded since.
+
+    Each element is the value of its parameter's dtype nearest to the exact sum (``loreg-exact-1``; for norms, roots
+    and other methods ``loreg-f64-1``), whatever the device and the threads: the bytes that ``Registry.merge`` writes.
+    The returned value undoes it, from integers on the parameters' devices that take about 2 % of the bytes of what
+    was changed where |ΔW| is 1 % of |W|; of tensors that are replaced, or whose edit reads them (DoRA), it has the
+    originals. Beside that, each thread needs some tens of MB and the factors of one tensor in float64.
+
+    All or nothing: whatever is raised, KeyboardInterrupt included, every parameter is as it was. Raises NotFound,
+    UsageError, BaseMismatch for a model of another base, BadInput for NaN or infinity, for a result that its dtype
+    cannot hold, and for a tensor of an adapter that the model has no place for; Unsupported for parameters that are
+    quantised, sharded, on the meta device or not contiguous, for a head that an adapter unties from its embedding,
+    and for what changes a shape.
+    """
+    given = {"method": method, "parameters": parameters, "check": check, "threads": threads}
+    return prepare(model, expression, registry, **given).apply()  # type: ignore[arg-type]
+
+
+def unmerge_(model: torch.nn.Module, merged: Merged) -> None:
+    """Take ``merged`` out of ``model`` again: every parameter that it changed gets its bytes back, in place.
+
+    The model may be on another device by now. Several merges are taken back in the opposite order. An interrupted
+    unmerge goes on where it is called again. Raises UsageError for a merge that is taken back already, or of another
+    model; Conflict if a parameter was changed since, as torch counts that (a change by way of ``.data`` or of memory
+    that is shared is not counted), which this would not undo.
+    """
+    merged.undo(model)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """A merge whose expression is resolved, whose tensors are found in the model, and whose factors are loaded."""
+
+    expression: str
+    edits: tuple[Edit, ...]
+    threads: int | None
+
+    def apply(self) -> Merged:
+        """Edit the parameters, as they are now; as often as what is returned is undone."""
+        tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
+        before = {name: _state(tensor) for name, tensor in tensors.items()}
+        done = applying.merge(self.edits, self.threads)
+        return Merged(self.expression, tuple(done), tensors, before, self.threads)
+
+
+def prepare(
+    model: torch.nn.Module,
+    expression: str,
+    registry: Registry | None = None,
+    *,
+    method: str = "linear",
+    parameters: Mapping[str, Any] | None = None,
+    check: Check = "touched",
+    threads: int | None = None,
+) -> Ready:
+    """All of ``merge_`` but the merge itself, which ``apply`` of what is returned does. Raises what it does."""
+    if registry is None:
+        with open_registry() as opened:
+            return prepare(
+                model, expression, opened, method=method, parameters=parameters, check=check, threads=threads
+            )
+    if check not in ("touched", "none"):
+        raise UsageError(f"{check!r} is not a kind of check: expected 'touched' or 'none'.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads can merge nothing: expected at least 1.")
+    method, row = methods.method(method)
+    settings = methods.parameters(method, parameters or {})
+    if row.composes_only:
+        raise Unsupported(f"{method} works on factors: compose a version by it (Registry.compose), and merge that.")
+    adapters = resolve_terms(registry, expression)
+    kept = tuple(in_recipe_order(adapters))
+    if not row.keeps_terms:
+        methods.check_count(method, settings, len(kept))
+    targets = Targets(Live(model), kept, method)
+    found = targets.all()
+    if check == "touched":
+        check_base(kept, targets.places({target.name: target.edit for target in found}))
+    combining = Combining(kept, method, settings)
+    return Ready(expression, tuple(Edit.of(target, combining) for target in found), threads)
+
+
+@dataclass(slots=True, eq=False)
+class Merged:
+    """A merge in a live model, and what undoes it. ``tensors``: those that it changed, by the names of the model."""
+
+    expression: str
+    editings: tuple[Editing, ...]
+    tensors: Mapping[str, torch.Tensor]
+    before: Mapping[str, State]
+    threads: int | None = None
+    after: dict[str, State] = field(default_factory=dict)
+    undone: bool = False
+
+    def __post_init__(self) -> None:
+        self.after = {name: _state(tensor) for name, tensor in self.tensors.items()}
+
+    @property
+    def touched_bytes(self) -> int:
+        """Of everything that was edited."""
+        return sum(editing.edit.target.place.weight.nbytes for editing in self.editings)
+
+    @property
+    def undo_bytes(self) -> int:
+        """Of what is kept to undo it."""
+        return sum(editing.nbytes for editing in self.editings)
+
+    def undo(self, model: torch.nn.Module) -> None:
+        """See ``unmerge_``."""
+        if self.undone:
+            raise UsageError(f"{self.expression!r} was taken out of the model already.")
+        live = tensors_of(model)
+        for name, tensor in self.tensors.items():
+            if live.get(name) is not tensor:
+                raise UsageError(f"{name!r} of the model is not the tensor that {self.expression!r} was merged into.")
+            if _state(tensor) != self.after[name]:
+                raise Conflict(
+                    f"{name!r} was changed since {self.expression!r} was merged into it, and taking that back would "
+                    "not give what was there before: take back later merges first, or load the model again."
+                )
+        try:
+            applying.unmerge(self.editings, self.threads)
+        except BaseException:
+            self.after = {name: _state(tensor) for name, tensor in self.tensors.items()}
+            raise
+        self.undone = True
+        for name, tensor in self.tensors.items():
+            _same_as(tensor, self.before[name])
+
+
+_RESTORED = WeakIdKeyDictionary()
+"""Tensor → (its version after an unmerge, the earlier version that it then has the bytes of)."""
+
+
+def _state(tensor: torch.Tensor) -> State:
+    """What is known of the values of a tensor without a look at them: its dtype, and torch's count of its changes in
+    place, which an unmerge turns back. None for inference tensors, whose changes are not counted.
+    """
+    if tensor.is_inference():
+        return None, tensor.dtype
+    now = tensor._version
+    if tensor in _RESTORED:
+        after, state = _RESTORED[tensor]
+        return state if after == now else now, tensor.dtype
+    return now, tensor.dtype
+
+
+def _same_as(tensor: torch.Tensor, state: State) -> None:
+    if state[0] is not None:
+        _RESTORED[tensor] = tensor._version, state[0]
