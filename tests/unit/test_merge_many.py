@@ -87,7 +87,7 @@ def test_all_are_there_or_none(pushed: loreg.Registry, tmp_path: Path, monkeypat
 
         return Verification("probe", (Check("probe", False, "no"),))
 
-    monkeypatch.setattr("loreg.registry.merging.run_verification", no)
+    monkeypatch.setattr("loreg.merge.verify.Verifier.verification", no)
     with pytest.raises(CheckFailed, match=r"(one|two) was written and does not verify"):
         pushed.merge_many([("sql", tmp_path / "one"), ("humor", tmp_path / "two")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "home", "humor", "sql", "taken"]
