@@ -22,6 +22,8 @@ from loreg.tensors import to_memory, torch_dtype
 _PIECE = 1 << 20
 """Of what is only hashed: fits a core's cache."""
 
+_SHORT = 32
+
 DESK_BYTES = 12 << 20
 """What a thread's desk comes to hold, at most, for rows of up to TILE_ELEMENTS."""
 
@@ -86,8 +88,9 @@ def _matrices(edit: WeightedSum, view: tuple[int, ...]) -> Iterator[WeightedSum]
 
 
 def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Of a matrix: the first row and the number of rows; at least one, however long it is."""
-    step = max(1, TILE_ELEMENTS // columns)
+    """Of a matrix: the first row and the number of rows; at least one, however long it is. Of short rows fewer than
+    there are elements for, as each has numbers of its own in float64."""
+    step = max(1, TILE_ELEMENTS // max(columns, _SHORT))
     for first in range(0, rows, step):
         yield first, min(step, rows - first)
 

@@ -126,7 +126,9 @@ def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: 
         plans = [output.plan for output in outputs]
         results = write_merges(
             outputs,
-            resources=Resources.of(device, plans, threads=options.threads, memory=options.memory),
+            resources=Resources.of(
+                device, plans, threads=options.threads, memory=options.memory, verify=options.verify != "none"
+            ),
             advance=stage("merging", sum(plan.nbytes for plan in plans)),
         )
     return [
