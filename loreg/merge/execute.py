@@ -64,7 +64,7 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
     for target in targets:
         target.finished.keep_only(target.plan.shards)
     begun: deque[_Shard] = deque()
-    with workers(resources.device, resources.threads) as pool, Turns(pool) as turns, OutputFiles() as files:
+    with OutputFiles() as files, workers(resources.device, resources.threads) as pool, Turns(pool) as turns:
         work = _Work(files, turns, Computation(resources), advance)
         try:
             for shards in zip(*(target.plan.shards for target in targets), strict=True):
@@ -73,6 +73,7 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
                     begun.popleft().end()
             while begun:
                 begun.popleft().end()
+            files.settle()  # by then all is there for the verifiers
         finally:
             drop([job for shard in begun for job in shard.jobs])
 

@@ -16,12 +16,12 @@ from loreg.algebra.edits import WeightedSum
 from loreg.algebra.rounding import Workspace, bits, half_ulp
 
 CPU = torch.device("cpu")
-TILE_ELEMENTS = 1 << 19
-"""What is read and judged at once: with half of it a quarter of the time went into calls."""
+TILE_ELEMENTS = 1 << 18
+"""What is read and judged at once: with half of it a third of the time went into calls."""
 SAMPLED_ROWS = 64
 _PROBES = 4
-_PART_ELEMENTS = 1 << 16
-"""Of rows that are looked at in float64: eight temporaries of them are 4 MiB."""
+_PART_ELEMENTS = 1 << 15
+"""Of rows that are looked at in float64: eight temporaries of them are 2 MiB."""
 # float64 sums of up to 2^20 terms, and the rounding of c·B: a factor far above what any order of summation needs.
 _SLACK = 2.0**-30
 # Where one rounding moves a number by 2^-9 and more. Of float16 it is 2^-12, which float32 over long rows comes near.

@@ -17,7 +17,7 @@ from loreg.cli import main
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, LoregError, NotFound, UsageError
 from loreg.format.methods import METHODS
 from loreg.merge.verify import Check, Verification
-from loreg.registry import merging, packing
+from loreg.registry import packing
 
 Q, V = tiny.Q, tiny.V
 
