@@ -2,18 +2,21 @@
 
 Several plans over one base are run as one: each tensor of the base is read once, and edited for every output that
 edits it. Memory is, for each thread, a tile and the factors of one tensor; never a tensor, a shard or the model.
+
+A shard that is on the disk is closed, and nobody writes it again: from then on it is verified, from the file, by the
+threads that compute the later ones.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from loreg.checkpoint import Advance
+from loreg.checkpoint import Advance, Checkpoint
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
 from loreg.merge.computing import Computation, Sink, keep
@@ -23,7 +26,8 @@ from loreg.merge.layout import Action, OutputShard
 from loreg.merge.plan import MergePlan
 from loreg.merge.resources import Resources
 from loreg.merge.resume import Finished, Written
-from loreg.merge.workers import drop, workers
+from loreg.merge.verify import Verifier
+from loreg.merge.workers import Turns, drop, workers
 
 _AHEAD = 1
 """Shards begun while one is not yet whole: no thread waits for the last tensor of each."""
@@ -31,11 +35,12 @@ _AHEAD = 1
 
 @dataclass(frozen=True)
 class Target:
-    """One output: a plan, and the folder that its shards are written into. ``undo``: whether with what takes it back.
-    ``execute`` fills ``written``, by the names of the shards."""
+    """One output: a plan, the folder that its shards are written into, and what verifies them. ``undo``: whether with
+    what takes it back. ``execute`` fills ``written``, by the names of the shards."""
 
     plan: MergePlan
     folder: Path
+    verifier: Verifier
     undo: bool = False
     written: dict[str, Written] = field(default_factory=dict)
 
@@ -50,7 +55,8 @@ class Target:
 
 
 def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance) -> None:
-    """Write every shard into each target's folder that is not there, each flushed to the disk.
+    """Write every shard into each target's folder that is not there, each flushed to the disk, and have its verifier
+    look at all of them.
 
     The plans are of one base. ``advance`` is told the bytes written. Raises BadInput if an input is unreadable or not
     what was planned, or an element cannot be merged; CheckFailed if the disk is full or fails.
@@ -58,8 +64,8 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
     for target in targets:
         target.finished.keep_only(target.plan.shards)
     begun: deque[_Shard] = deque()
-    with OutputFiles() as files, workers(resources.device, resources.threads) as pool:
-        work = _Work(files, pool, Computation(resources), advance)
+    with OutputFiles() as files, workers(resources.device, resources.threads) as pool, Turns(pool) as turns:
+        work = _Work(files, turns, Computation(resources), advance)
         try:
             for shards in zip(*(target.plan.shards for target in targets), strict=True):
                 begun.append(_Shard(list(zip(targets, shards, strict=True)), work))
@@ -67,6 +73,7 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
                     begun.popleft().end()
             while begun:
                 begun.popleft().end()
+            files.settle()  # by then all is there for the verifiers
         finally:
             drop([job for shard in begun for job in shard.jobs])
 
@@ -76,7 +83,7 @@ class _Work:
     """What all shards share."""
 
     files: OutputFiles
-    pool: ThreadPoolExecutor
+    turns: Turns
     computation: Computation
     advance: Advance
 
@@ -91,6 +98,7 @@ class _Shard:
             there = target.finished.found(shard, work.advance)
             if there is not None:
                 target.written[shard.name] = there
+                _verify(target, shard, work.turns)
                 continue
             changed: dict[str, Digest] = {}
             spill, combining, base = target.finished.spill(shard), target.plan.combining, target.plan.base.tensors
@@ -100,8 +108,8 @@ class _Shard:
                 Sink(tensor, shard, output, combining, changed, base.get(tensor.info.name), spill)
                 for tensor in shard.tensors
             )
-            self._open.append((output, partial(_record, target, shard, changed, spill)))
-        self.jobs: list[Future[None]] = [work.pool.submit(job) for job in _jobs(sinks, work)]
+            self._open.append((output, partial(_whole, target, shard, changed, spill, work.turns)))
+        self.jobs: list[Future[None]] = [work.turns.submit(job) for job in _jobs(sinks, work)]
 
     def end(self) -> None:
         """Waits until all is written, and leaves it to be flushed and recorded."""
@@ -114,8 +122,15 @@ class _Shard:
             output.finish(then)
 
 
-def _record(target: Target, shard: OutputShard, changed: dict[str, Digest], spill: Spill | None) -> None:
+def _whole(target: Target, shard: OutputShard, changed: dict[str, Digest], spill: Spill | None, turns: Turns) -> None:
+    """A shard that is on the disk."""
     target.written[shard.name] = target.finished.record(shard, changed, spill)
+    _verify(target, shard, turns)
+
+
+def _verify(target: Target, shard: OutputShard, turns: Turns) -> None:
+    if target.verifier.kind != "none":
+        turns.urge(target.verifier.jobs(Checkpoint.open(target.folder / shard.name).shards))
 
 
 def _jobs(sinks: Sequence[Sink], work: _Work) -> Iterator[Callable[[], None]]:

@@ -122,10 +122,15 @@ class OutputFiles:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._flusher.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            self.settle()
         for file in self._files:
-            if kind is None:
-                file.settle()
             file.close()
+
+    def settle(self) -> None:
+        """Waits until all that is finished is on the disk, and what was to be called then was."""
+        for file in self._files:
+            file.settle()
 
     def create(self, path: Path, size: int) -> OutputFile:
         """A new file of ``size`` bytes, to be written and then finished."""

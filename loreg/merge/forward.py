@@ -26,6 +26,7 @@ from loreg.merge.layout import Action
 from loreg.merge.samples import Runnable, failing
 
 if TYPE_CHECKING:
+    from loreg.format.recipe import MergeRecord
     from loreg.merge.plan import MergePlan
     from loreg.merge.verify import Check, Subject
 
@@ -69,18 +70,18 @@ def check_plan(plan: MergePlan) -> None:
     Runnable.of(plan.base.root)
 
 
-def compare_outputs(subject: Subject) -> Iterable[Check]:
+def compare_outputs(subject: Subject, merged_root: Path, record: MergeRecord) -> Iterable[Check]:
     """Run the three models. Raises NotFound without transformers, Unsupported for a model that it does not run; one
     that no longer runs once it is merged is a check that failed."""
     from loreg.merge.verify import Check
 
     _check_tied(bool(subject.layout.untied))
-    dtype = _floating((tensor.dtype, tensor.nbytes) for tensor in subject.record.tensors)
+    dtype = _floating((tensor.dtype, tensor.nbytes) for tensor in record.tensors)
     runnable = Runnable.of(subject.base.root)
     unmerged = _run(runnable, subject.base.root, dtype, lambda model: _adapt(model, subject))
     wider = _run(runnable, subject.base.root, _WIDER[dtype], lambda model: _adapt(model, subject))
     try:
-        merged = _run(runnable, subject.merged.root, None, lambda model: None)
+        merged = _run(runnable, merged_root, None, lambda model: None)
     except Unsupported as error:
         return [Check("forward", False, f"the unmerged model runs, and the merged does not: {error}")]
     noise, difference = Difference.between(unmerged, wider), Difference.between(unmerged, merged)

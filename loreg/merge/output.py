@@ -24,7 +24,7 @@ from loreg.merge.journal import write_journal
 from loreg.merge.layout import OutputTensor
 from loreg.merge.plan import MergePlan, check_space
 from loreg.merge.resources import Resources
-from loreg.merge.verify import Verification
+from loreg.merge.verify import Verification, Verifier
 from loreg.staging import refuse_inside, staged, sync_tree
 
 RECORD = "loreg.json"
@@ -81,15 +81,16 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class Output:
-    """One merge of several: its plan, and the directory that it becomes, which must not exist or be empty.
-
-    ``verify`` is called on what was written, before it has its name. ``undo``: whether a journal is written with it.
+    """One merge of several: its plan, the directory that it becomes, which must not exist or be empty, and what
+    verifies it. ``undo``: whether a journal is written with it. ``verified``: called when all are, before it has its
+    name.
     """
 
     plan: MergePlan
     out: Path
-    verify: Callable[[Path, MergeRecord], Verification]
+    verifier: Verifier
     undo: bool = False
+    verified: Callable[[], object] = lambda: None
 
 
 def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Advance) -> list[MergeResult]:
@@ -107,7 +108,10 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
                 refuse_inside(output.out, base.root)
             folders.append(stack.enter_context(staged(output.out, output.plan.recipe.digest, resume=True)))
         check_space([output.plan for output in outputs], folders)
-        targets = [Target(output.plan, folder, output.undo) for output, folder in zip(outputs, folders, strict=True)]
+        targets = [
+            Target(output.plan, folder, output.verifier, output.undo)
+            for output, folder in zip(outputs, folders, strict=True)
+        ]
         execute(targets, resources=resources, advance=advance)
         records = [_record(target.plan, target.digests) for target in targets]
         journals = [_finish(target, record) for target, record in zip(targets, records, strict=True)]
@@ -116,6 +120,8 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
             _verified(output, folder, record)
             for output, folder, record in zip(outputs, folders, records, strict=True)
         ]
+        for output in outputs:
+            output.verified()
     seconds, peak = time.monotonic() - began, _peak_rss()
     return [
         _result(output, record, verification, seconds, peak, journal)
@@ -124,7 +130,7 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
 
 
 def _verified(output: Output, folder: Path, record: MergeRecord) -> Verification:
-    verification = output.verify(folder, record)
+    verification = output.verifier.verification(folder, record)
     if not verification.ok:
         raise CheckFailed(f"{output.out} was written and does not verify, so it was removed: {verification.reason}.")
     return verification

@@ -13,6 +13,7 @@ import torch
 
 from loreg.errors import UsageError
 from loreg.format.terms import LowRankTerm
+from loreg.merge.rereading import DESK_BYTES
 from loreg.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ class Resources:
         *,
         threads: int | None = None,
         memory: int | None = None,
+        verify: bool = True,
     ) -> Resources:
         """As many threads as torch would use, unless ``threads`` says how many, and fewer if ``memory`` has room for
-        fewer only: bytes that this whole process is to be resident with at most. Raises UsageError if it is too
-        little for ``plans``.
+        fewer only: bytes that this whole process is to be resident with at most. ``verify``: whether the threads are
+        to verify too. Raises UsageError if it is too little for ``plans``.
         """
         wanted = threads or torch.get_num_threads()
         if memory is None:
             return cls(device, wanted, TILE_BYTES)
         fixed, per_byte = _needs(plans)
+        fixed += DESK_BYTES if verify else 0
         left = memory - _resident() - _RESERVE
         for count in range(wanted, 0, -1):
             tile = int((left / count - fixed) / per_byte)

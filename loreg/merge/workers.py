@@ -44,6 +44,53 @@ def results(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterat
         drop(futures)
 
 
+class Turns:
+    """Work for the threads of ``pool`` in turns: what is urgent goes before whatever else waits.
+
+    A context: when it ends well all that was urgent is done, and its errors are raised; else it is dropped.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._urgent: deque[Callable[[], None]] = deque()
+        self._begun: list[Future[bool]] = []
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            if kind is None:
+                for future in self._begun:
+                    future.result()
+        finally:
+            self._urgent.clear()
+            drop(self._begun)
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        return self._pool.submit(self._after_urgent, job)
+
+    def urge(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Any thread may call it. A thread that is about to begin another job does these first; the pool is given as
+        many turns of its own, as there may be no other."""
+        for job in jobs:
+            self._urgent.append(job)
+            self._begun.append(self._pool.submit(self._one))
+
+    def _one(self) -> bool:
+        try:
+            job = self._urgent.popleft()
+        except IndexError:
+            return False
+        job()
+        return True
+
+    def _after_urgent(self, job: Callable[[], None]) -> None:
+        while self._one():
+            pass
+        job()
+
+
 def drop(futures: Collection[Future[T]]) -> None:
     """Jobs not yet begun are cancelled, those running waited for: what they write to is open until then."""
     for future in futures:

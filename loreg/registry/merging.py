@@ -25,7 +25,7 @@ from loreg.merge.output import RECORD, Composition, MergeResult, Output, write_m
 from loreg.merge.plan import MergePlan, plan_merge
 from loreg.merge.resources import Resources
 from loreg.merge.undo import unmerge_from_base, unmerge_from_journal
-from loreg.merge.verify import KINDS, Check, Subject, Verification, require_record
+from loreg.merge.verify import KINDS, Check, Subject, Verification, Verifier, require_record
 from loreg.merge.verify import verify as run_verification
 from loreg.registry.bases import Base, check_files
 from loreg.registry.core import Registry, silent
@@ -121,12 +121,14 @@ def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: 
                 plan = planned(adapters, method=method, parameters=parameters)
             if options.verify == "forward":
                 check_plan(plan)
-            outputs.append(Output(plan, out, _check(plan, found, store, options), options.undo))
+            outputs.append(Output(plan, out, _verifier(plan, options), options.undo, store or _nothing))
             stores.append(store)
         plans = [output.plan for output in outputs]
         results = write_merges(
             outputs,
-            resources=Resources.of(device, plans, threads=options.threads, memory=options.memory),
+            resources=Resources.of(
+                device, plans, threads=options.threads, memory=options.memory, verify=options.verify != "none"
+            ),
             advance=stage("merging", sum(plan.nbytes for plan in plans)),
         )
     return [
@@ -135,17 +137,13 @@ def merge_many(registry: Registry, wanted: Sequence[tuple[str, Path]], options: 
     ]
 
 
-def _check(
-    plan: MergePlan, found: _Found, store: Callable[[], Composition] | None, options: MergeOptions
-) -> Callable[[Path, MergeRecord], Verification]:
-    def check(folder: Path, record: MergeRecord) -> Verification:
-        subject = Subject.of(folder, record, found.checkpoint, found.manifest, plan.adapters)
-        verification = run_verification(options.verify, subject, options.stage("verifying", plan.nbytes))
-        if store is not None and verification.ok:  # the model is never there without what its recipe names
-            store()
-        return verification
+def _verifier(plan: MergePlan, options: MergeOptions) -> Verifier:
+    subject = Subject.of(plan.recipe, plan.base, plan.base_manifest, plan.adapters)
+    return Verifier(options.verify, subject, partial(options.stage, "verifying", plan.nbytes))
 
-    return check
+
+def _nothing() -> None:
+    """Is to be done once a merge is verified."""
 
 
 class _Composed(NamedTuple):
@@ -276,9 +274,8 @@ def _recorded(
                 parameters=recipe.parameters,
                 allow_mismatch=recipe.base_mismatch,
             )
-            unchecked = Verification("none")
             (result,) = write_merges(
-                [Output(plan, folder / "base", lambda folder, record: unchecked)],
+                [Output(plan, folder / "base", _verifier(plan, MergeOptions(verify="none")))],
                 resources=Resources.of(torch.device("cpu")),
                 advance=stage("merging the base", plan.nbytes),
             )
@@ -367,8 +364,8 @@ def verify(
     record = require_record(folder)
     with _base_of(registry, record, base, registry.home / "verify", advance) as found:
         adapters = recipe_inputs(registry, record.recipe)
-        merge_ = Subject.of(folder, record, found.checkpoint, found.manifest, adapters)
-        return run_verification(kind, merge_, advance)
+        merge_ = Subject.of(record.recipe, found.checkpoint, found.manifest, adapters)
+        return run_verification(kind, merge_, folder, record, advance)
 
 
 def _is_version(registry: Registry, text: str) -> bool:

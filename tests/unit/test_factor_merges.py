@@ -17,7 +17,7 @@ from loreg.cli import main
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, LoregError, NotFound, UsageError
 from loreg.format.methods import METHODS
 from loreg.merge.verify import Check, Verification
-from loreg.registry import merging, packing
+from loreg.registry import packing
 
 Q, V = tiny.Q, tiny.V
 
@@ -109,7 +109,7 @@ def test_a_merge_that_does_not_verify_leaves_no_version(
     world: loreg.Registry, untouched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = Verification("probe", (Check("weights", False, "off"),))
-    monkeypatch.setattr(merging, "run_verification", lambda *_: failed)
+    monkeypatch.setattr("loreg.merge.verify.Verifier.verification", lambda *_: failed)
     with refuses(CheckFailed, "does not verify"):
         world.merge("a + 0.5*b", tmp_path / "out", method="cat")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,8 @@ it away and only the mathematics can.
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,11 @@ import tiny
 
 import loreg
 from loreg.checkpoint import Checkpoint
-from loreg.errors import BadInput, BaseMismatch, NotFound, UsageError
+from loreg.errors import BadInput, BaseMismatch, CheckFailed, NotFound, UsageError
 from loreg.format.recipe import MergeRecord
-from loreg.merge.verify import Verification
+from loreg.merge.computing import Computation
+from loreg.merge.resume import Finished
+from loreg.merge.verify import Verification, Verifier
 
 ROWS, COLS = 24, 16
 W = f"{tiny.V}.weight"  # square, so that a transposed delta has the right shape
@@ -300,3 +304,106 @@ def test_a_stored_version_is_verified_blob_by_blob(pushed: loreg.Registry) -> No
     assert [check.name for check in verification.checks if not check.ok] == [f"factors {blob.digest.short}"]
     path.unlink()
     assert "is not in the store" in pushed.verify("sql").reason
+
+
+# While it is being written
+
+
+NAMES = [f"layers.{number}.weight" for number in range(4)]
+
+
+@pytest.fixture
+def in_four_files(registry: loreg.Registry, tmp_path: Path) -> Path:
+    """A base of four files, and ``sql`` for a tensor of each."""
+    rng = np.random.default_rng(0)
+    model = {name: tiny.normal(rng, "BF16", 64, 48, std=0.1) for name in NAMES}
+    base = tiny.write_model(tmp_path / "base", model, shards=[[name] for name in NAMES])
+    factors = {name.removesuffix(".weight"): tiny.factors(rng, 64, 48, 2) for name in NAMES}
+    registry.push(tiny.write_adapter(tmp_path / "sql", factors), base=base, name="sql")
+    return base
+
+
+def _after_each_file(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], object]) -> None:
+    """``then``, with the file, once it is on the disk and recorded."""
+    record = Finished.record
+
+    def recorded(self: Finished, shard: Any, *rest: Any) -> Any:
+        found = record(self, shard, *rest)
+        then(self._folder / shard.name)
+        return found
+
+    monkeypatch.setattr(Finished, "record", recorded)
+
+
+@pytest.mark.parametrize("kind", ["probe", "exact"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_is_verified_is_the_written_file(
+    registry: loreg.Registry,
+    in_four_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: str,
+) -> None:
+    count = itertools.count(1)
+
+    def damage(path: Path) -> None:
+        if next(count) == number:
+            raw = bytearray(path.read_bytes())
+            raw[-2] ^= 1
+            path.write_bytes(raw)
+
+    _after_each_file(monkeypatch, damage)
+    with pytest.raises(
+        CheckFailed, match=r"does not verify, so it was removed: files: 1 tensor is not as loreg\.json"
+    ):
+        registry.merge("sql", tmp_path / "out", verify=kind, base=in_four_files)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_changes_once_it_was_verified_is_found(
+    registry: loreg.Registry, in_four_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Checkpoint.check_unchanged
+
+    def touching(base: Checkpoint) -> None:
+        check(base)
+        (written,) = tmp_path.glob(".out*/model-00002*.safetensors")
+        os.utime(written, ns=(0, 0))
+
+    monkeypatch.setattr(Checkpoint, "check_unchanged", touching)
+    with pytest.raises(CheckFailed, match=r"model-00002.* was changed while it was read, or since"):
+        registry.merge("sql", tmp_path / "out", base=in_four_files)
+
+
+@pytest.mark.parametrize("kind", ["probe", "exact"])
+def test_a_file_is_verified_before_the_last_is_written(
+    registry: loreg.Registry, in_four_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """And never before it is closed and recorded; those that a killed merge had finished are, too."""
+    seen: list[tuple[str, str]] = []
+    look, write = Verifier._look, Computation.write
+
+    def looking(self: Verifier, written: Any, *rest: Any) -> None:
+        seen.append(("verified", written.info.name))
+        look(self, written, *rest)
+
+    def writing(self: Computation, sinks: Any, *rest: Any) -> None:
+        if sinks[0].tensor.info.name == NAMES[-1]:
+            # Another thread has the disk's time to record the first ones.
+            for _ in range(2000):
+                if ("verified", NAMES[0]) in seen:
+                    break
+                time.sleep(0.01)
+        seen.append(("written", sinks[0].tensor.info.name))
+        write(self, sinks, *rest)
+
+    monkeypatch.setattr(Verifier, "_look", looking)
+    monkeypatch.setattr(Computation, "write", writing)
+    _after_each_file(monkeypatch, lambda path: seen.append(("recorded", f"layers.{int(path.name[6:11]) - 1}.weight")))
+    assert registry.merge("sql", tmp_path / "out", verify=kind, base=in_four_files, threads=2).verification.ok
+    at = {event: place for place, event in enumerate(seen)}
+    assert len(seen) == len(at) == 3 * len(NAMES)
+    for name in NAMES:
+        assert at["written", name] < at["recorded", name] < at["verified", name]
+    assert at["verified", NAMES[0]] < at["written", NAMES[-1]]
