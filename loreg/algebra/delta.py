@@ -57,6 +57,11 @@ def _altered(delta: _T, **values: object) -> _T:
     return other
 
 
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """On ``device``; one to which a copy from the host is under way is not waited for."""
+    return x.to(device, non_blocking=x.device.type == "cpu")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
     """``scale · left @ right``, in the orientation in which the weight is stored.
@@ -115,7 +120,7 @@ class LowRank:
 
     def to(self, device: torch.device | str) -> LowRank:
         """The same values on another device."""
-        return _altered(self, left=self.left.to(device), right=self.right.to(device))
+        return _altered(self, left=_moved(self.left, device), right=_moved(self.right, device))
 
     def dense(self) -> Tensor:
         """(rows, cols), float64: the product in float64 arithmetic. The slow truth; not correctly rounded."""
@@ -163,7 +168,7 @@ class Dense:
 
     def to(self, device: torch.device | str) -> Dense:
         """The same values on another device."""
-        return _altered(self, value=self.value.to(device))
+        return _altered(self, value=_moved(self.value, device))
 
     def dense(self) -> Tensor:
         """``value``'s shape, float64: scale·value, each element rounded once to float64."""

@@ -67,7 +67,7 @@ class _Piece:
 class Launched:
     """What :func:`launch` has started. Keeps the tensors alive until it is done."""
 
-    def __init__(self, works: Sequence[Work], residual: bool, share: tuple[float, float] | None = None) -> None:
+    def __init__(self, works: Sequence[Work], residual: bool) -> None:
         self._works, self._residual = works, residual
         self._here = [_at_once(work, residual) for work in works if not _launchable(work)]
         self._pieces = [list(_pieces(work)) if _launchable(work) else None for work in works]
@@ -77,7 +77,7 @@ class Launched:
             for piece in pieces or ()
             if (fused := piece.prepared.on_gpu) is not None
         ]
-        self._there = gpu.Launched(jobs, residual, share or gpu.SHARE)
+        self._there = gpu.Launched(jobs, residual)
 
     @torch.no_grad()
     def done(self) -> list[Undo | None]:

@@ -43,8 +43,8 @@ COLUMNS = 128
 """Of a tile: fewer than a block's threads, or Triton would move factors through shared memory."""
 _ROWS = {True: 64, False: 32}  # of a tile, in single precision and in double: 32 and 16 weights a thread
 _WARPS = 8
-# Without spills, for sm_90, three blocks to a multiprocessor and with residuals two.
-_REGISTERS = {False: 96, True: 128}
+# So that there are three blocks to a multiprocessor, or two, of sm_90 with next to no spills.
+_REGISTERS = {True: 96, False: 128}
 _SETTLERS = 8  # blocks for the list of each job
 _LEAST = 4096  # words for which there is room
 SHARE = 2.0**-7, 2.0**-2
@@ -58,11 +58,11 @@ _T = TypeVar("_T")
 def computes(edit: Sequence[LowRank], dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:
     """Whether there is a ``Fused`` for these."""
     small = sum(term.rank for term in edit) <= _MOST_RANK
-    return small and device.type in DEVICES and {dtype_in, dtype_out} <= _CODES.keys() and _is_there()
+    return small and device.type in DEVICES and {dtype_in, dtype_out} <= _CODES.keys() and is_there()
 
 
 @functools.cache
-def _is_there() -> bool:
+def is_there() -> bool:
     return torch.version.hip is None and find_spec("triton") is not None
 
 
@@ -76,7 +76,7 @@ def _kernels() -> ModuleType:
 class Fused:
     """W + Σ c·B·A of one weight on a device, prepared without waiting for it.
 
-    ``shape``: (rows, columns); ``dtypes``: W's and the output's. The factors take up to 12·R·(rows + columns) bytes.
+    ``shape``: (rows, columns); ``dtypes``: W's and the output's. The factors take up to 16·R·(rows + columns) bytes.
     """
 
     def __init__(
@@ -90,17 +90,14 @@ class Fused:
         rank = sum(term.rank for term in terms)
         wide = any(term.right.dtype == torch.float64 for term in terms)
         self.single = dtypes == (torch.bfloat16, torch.bfloat16) and not wide
-        self.rank, self.shape, self.dtypes, self.device, self.wide = (
-            max(8, -(-rank // 8) * 8),
-            shape,
-            dtypes,
-            device,
-            wide,
-        )
+        self.rank = max(8, -(-rank // 8) * 8)
+        self.shape, self.dtypes, self.device = shape, dtypes, device
         double = torch.float64
         self.left = torch.zeros(rows + self.height, self.rank, dtype=double, device=device)
         panels = -(-columns // COLUMNS)
-        whole = torch.zeros(self.rank, panels * COLUMNS, dtype=double if wide else torch.float32, device=device)
+        whole = torch.zeros(
+            self.rank, panels * COLUMNS, dtype=torch.float32 if self.single else double, device=device
+        )
         at = 0
         for term in terms:
             span = slice(at, at := at + term.rank)
@@ -193,7 +190,7 @@ class Job:
         sizes = (self.W.shape[1], self.W.stride(0), self.out.stride(0))
         aligned = not any(size % LANES for size in sizes) and not any(x.data_ptr() % 16 for x in (self.W, self.out))
         fused = self.fused
-        return fused.dtypes, fused.device, fused.single, fused.wide, fused.rank, aligned
+        return fused.dtypes, fused.device, fused.single, fused.rank, aligned
 
     def row(self, tile: int, rooms: Sequence[int]) -> list[int]:
         """Of the kernels' table."""
@@ -230,15 +227,15 @@ class _Group:
         rows = [job.row(first, given) for job, first, given in zip(self.jobs, firsts, rooms, strict=False)]
         table = numbers(rows, self._device)
         kind = {
-            "IN": _CODES[fused.dtypes[0]], "OUT": _CODES[fused.dtypes[1]], "WIDE": fused.wide, "RANK": fused.rank,
+            "IN": _CODES[fused.dtypes[0]], "OUT": _CODES[fused.dtypes[1]], "SINGLE": fused.single, "RANK": fused.rank,
             "CONVERTS": kernels.COMPILED, "RESIDUAL": self.residual,
         }  # fmt: skip
         with _on(self._device):
             kernels.merge[(len(self._owners),)](
                 table, self._reals, self._owners, self._todo, lists.counters,
                 lists.doubt_at, lists.doubt_were, lists.undo_at, lists.undo_by, **kind,
-                SINGLE=fused.single, ALIGNED=self.jobs[0].kind[-1], ROWS=fused.height, COLUMNS=COLUMNS,
-                num_warps=_WARPS, maxnreg=_REGISTERS[self.residual],
+                ALIGNED=self.jobs[0].kind[-1], ROWS=fused.height, COLUMNS=COLUMNS,
+                num_warps=_WARPS, maxnreg=_REGISTERS[fused.single and not self.residual],
             )  # fmt: skip
             kernels.settle[(len(self.jobs), _SETTLERS)](
                 table, self._reals, lists.counters, lists.doubt_at, lists.doubt_were, lists.sums, lists.late,
@@ -266,12 +263,14 @@ class _Group:
 class Launched:
     """Jobs under way, of any kinds, on a device that nothing here has waited for. ``share``: as SHARE."""
 
-    def __init__(self, jobs: Sequence[Job], residual: bool, share: tuple[float, float] = SHARE) -> None:
+    def __init__(self, jobs: Sequence[Job], residual: bool, share: tuple[float, float] | None = None) -> None:
         self._jobs, self._kinds = jobs, dict[tuple[object, ...], list[int]]()
         for index, job in enumerate(jobs):
             if job.W.numel():
                 self._kinds.setdefault(job.kind, []).append(index)
-        self._groups = [_Group([jobs[i] for i in members], residual, share) for members in self._kinds.values()]
+        self._groups = [
+            _Group([jobs[i] for i in members], residual, share or SHARE) for members in self._kinds.values()
+        ]
 
     def opened(self) -> list[Open]:
         """For each job, what is still to be decided. Waits for the device."""

@@ -129,41 +129,36 @@ def _decided(x, eta, spread, DTYPE: tl.constexpr, CONVERTS: tl.constexpr):
 
 
 @triton.jit
-def _deltas(left, right, RANK: tl.constexpr, PANEL: tl.constexpr, like):
+def _deltas(left, right, never, RANK: tl.constexpr, PANEL: tl.constexpr, like):
     """left·right in the precision and the shape of ``like``, from pointers to its first rows and columns."""
     if RANK <= 32:
         total = tl.zeros(like.shape, like.dtype)
         for k in tl.static_range(RANK):
-            total = _plus(total, left + k, right + k * PANEL)
+            total += tl.load(left + k)[:, None, None] * tl.load(right + k * PANEL)[None]
     else:
         # Zeros that come from W, as a loop would take constants in a layout in which no thread has neighbours.
-        total = tl.where(PANEL < 0, like, 0)
+        total = tl.where(never, like, 0)
         for k in range(0, RANK, 8):
             for s in tl.static_range(8):
-                total = _plus(total, left + (k + s), right + (k + s) * PANEL)
+                total += tl.load(left + (k + s))[:, None, None] * tl.load(right + (k + s) * PANEL)[None]
     return total
 
 
 @triton.jit
-def _plus(total, left, right):
-    return total + tl.load(left)[:, None, None] * tl.load(right)[None].to(total.dtype)
-
-
-@triton.jit
 def _summed(
-    raw, left, right, margin, bound,
+    raw, left, right, never, margin, bound,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
     PANEL: tl.constexpr,
 ):  # fmt: skip
     """The delta, W' as raw bits, and which words have an element in doubt."""
     W = _number(raw, IN)
     if SINGLE:
-        delta = _deltas(left, right, RANK, PANEL, W)
+        delta = _deltas(left, right, never, RANK, PANEL, W)
         total = W + delta
         value = _nearest(total, OUT, CONVERTS)
         doubt = _near(total, margin)
     else:
-        delta = _deltas(left, right, RANK, PANEL, W.to(tl.float64))
+        delta = _deltas(left, right, never, RANK, PANEL, W.to(tl.float64))
         total = W.to(tl.float64) + delta
         value = _nearest(total.to(tl.float32), OUT, CONVERTS)
         some, _ = _screen(total, tl.load(bound), tl.load(bound + 1), OUT)
@@ -203,7 +198,7 @@ def _listed(numbers, values, number, value, slot, base, room, here):
 @triton.jit
 def merge(
     table, reals, jobs, todo, counters, doubt_at, doubt_were, undo_at, undo_by,
-    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
     CONVERTS: tl.constexpr, RESIDUAL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile: W' stored; words with an element in doubt listed, with what W was there; of the other words those
@@ -217,7 +212,7 @@ def merge(
         source = tl.load(at).to(tl.pointer_type(tl.int32 if IN == F32 else tl.int16))
         to = tl.load(at + 1).to(tl.pointer_type(tl.int32 if OUT == F32 else tl.int16))
         left = tl.load(at + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
-        right = tl.multiple_of(tl.load(at + 4).to(tl.pointer_type(tl.float64 if WIDE else tl.float32)), 16)
+        right = tl.multiple_of(tl.load(at + 4).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
         margin = tl.load(at + 5).to(tl.pointer_type(tl.float32))
         rows, columns = tl.load(at + 6).to(tl.int32), tl.load(at + 7).to(tl.int32)
         step, to_step = tl.load(at + 8), tl.load(at + 9)
@@ -238,7 +233,9 @@ def merge(
         raw = tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0)
         off = tl.load(margin + i)[:, None] if SINGLE else 0.0
         bound = reals + 4 * job
-        delta, value, doubt = _summed(raw, left, right, off, bound, IN, OUT, SINGLE, CONVERTS, RANK, COLUMNS)
+        delta, value, doubt = _summed(
+            raw, left, right, rows < 0, off, bound, IN, OUT, SINGLE, CONVERTS, RANK, COLUMNS
+        )
         # A word that reaches beyond the last column is in doubt by what is there, as that has no sum.
         whole = (i < rows)[:, None] & (word * _LANES < columns)[None]
         undone = whole & False
@@ -273,7 +270,7 @@ def merge(
 @triton.jit
 def settle(
     table, reals, counters, doubt_at, doubt_were, sums, late, state,
-    IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, CONVERTS: tl.constexpr, RESIDUAL: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RESIDUAL: tl.constexpr,
     RANK: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The listed words of one job in float64: W' stored, its ``sums``, and in ``late`` the residual. ``state``: 1
@@ -282,7 +279,7 @@ def settle(
     at = table + job.to(tl.int64) * _FIELDS
     to = tl.load(at + 1).to(tl.pointer_type(tl.int32 if OUT == F32 else tl.int16))
     left = tl.load(at + 3).to(tl.pointer_type(tl.float64))
-    right = tl.load(at + 4).to(tl.pointer_type(tl.float64 if WIDE else tl.float32))
+    right = tl.load(at + 4).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
     columns, to_step = tl.load(at + 7), tl.load(at + 9)
     base, across = tl.load(at + 11), tl.cdiv(columns, _LANES)
     count = tl.minimum(tl.load(counters + job) >> 32, tl.load(at + 12)).to(tl.int32)
