@@ -170,6 +170,17 @@ def test_midpoints_of_bfloat16_missed_by_less_than_float32_can_tell() -> None:
     assert merged[0, :2].tolist() == [1 + 2.0**-7, 1.0]
 
 
+def test_midpoints_of_bfloat16_on_the_other_side_of_what_float32_sums_to() -> None:
+    """Large products that cancel, but for what rounding one of them loses."""
+    factors = torch.tensor([3001.7, 1.2345678])
+    lost = float(factors.double().prod() - factors.prod().double())
+    assert abs(lost) > 2.0**-20
+    left = torch.tensor([[float(factors[0]), -float(factors.prod()), 2.0**-8 - lost / 2]]).repeat(16, 1)
+    right = torch.tensor([float(factors[1]), 1.0, 1.0])[:, None].repeat(1, 32)
+    merged = check(torch.ones(16, 32, dtype=BF16), WeightedSum((LowRank(left, right),)), BF16)
+    assert merged[0, 0].item() == (1 + 2.0**-7 if lost > 0 else 1.0)
+
+
 @every_dtype
 def test_signs_of_zeros(dtype: torch.dtype) -> None:
     W = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=dtype).repeat(4, 2)
@@ -224,10 +235,10 @@ def test_a_small_weight_under_a_large_delta(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "share"), [(BF16, (0.0, 0.0)), (BF16, (0.3, 0.02)), (F32, (0.0, 0.0))], ids=str)
 def test_more_than_lists_have_room_for(dtype: torch.dtype, share: tuple[float, float]) -> None:
-    """Sums of few bits, of which most are midpoints: in place, where W is gone once a tile is stored."""
+    """Sums that are midpoints, one and a half steps away: in place, where what is done twice shows."""
     random = torch.Generator().manual_seed(3)
-    W, half = torch.randint(128, 256, (30, 40), generator=random).to(dtype), 64 * torch.finfo(dtype).eps
-    edit = WeightedSum((LowRank(torch.randint(0, 2, (30, 1), generator=random).double(), torch.ones(1, 40), half),))
+    W, step = torch.randint(128, 256, (30, 40), generator=random).to(dtype), 192 * torch.finfo(dtype).eps
+    edit = WeightedSum((LowRank(torch.randint(0, 2, (30, 1), generator=random).double(), torch.ones(1, 40), step),))
     runs = []
     start = gpu._Group.start
     with pytest.MonkeyPatch.context() as patch:
