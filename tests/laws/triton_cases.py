@@ -249,6 +249,16 @@ def test_more_than_lists_have_room_for(dtype: torch.dtype, share: tuple[float, f
     assert len(runs) == 6  # of a tile, of a launch and of one that takes back
 
 
+def test_more_residuals_than_there_is_room_for() -> None:
+    random = torch.Generator().manual_seed(6)
+    W = (0.02 * torch.randn(40, 40, generator=random)).to(BF16)
+    edit = WeightedSum((LowRank(torch.randn(40, 2, generator=random), torch.randn(2, 40, generator=random), 0.01),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_LEAST", 3)
+        patch.setattr(gpu, "SHARE", (1.0, 0.0))
+        check(W, edit, BF16)
+
+
 def test_many_weights_of_several_kinds_are_launched_together() -> None:
     random = torch.Generator().manual_seed(4)
 
