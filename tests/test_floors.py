@@ -40,6 +40,7 @@ FLOORS = {
 ALLOWED = {
     "torch": {"algebra", "tensors", "quantised", "adapters", "merge", "registry", "serving"},
     "numpy": {"algebra", "adapters", "merge"},
+    "triton": {"algebra"},
     "mpmath": {"algebra"},
     "sqlalchemy": {"catalog", "registry"},
     "alembic": {"catalog"},
@@ -107,6 +108,7 @@ def test_files_stay_readable(path: Path) -> None:
     ("module", "unwanted"),
     [
         ("loreg", "torch sqlalchemy huggingface_hub numpy click rich alembic"),
+        ("loreg.algebra", "triton"),
         ("loreg.format.manifest", "torch sqlalchemy huggingface_hub numpy"),
         ("loreg.store", "torch sqlalchemy numpy"),
         ("loreg.catalog", "torch numpy huggingface_hub alembic"),

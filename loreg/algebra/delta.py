@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +43,23 @@ def _all_finite(tensor: Tensor) -> bool:
 def _check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise BadInput(f"the scale of a delta is {scale}, expected a finite number.")
+
+
+_T = TypeVar("_T", "LowRank", "Dense")
+
+
+def _altered(delta: _T, **values: object) -> _T:
+    """With other ``values`` that are as finite and fit as well: to look at them again would wait for the device."""
+    other = copy(delta)
+    for name, value in values.items():
+        object.__setattr__(other, name, value)
+    _check_scale(other.scale)
+    return other
+
+
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """On ``device``; one to which a copy from the host is under way is not waited for."""
+    return x.to(device, non_blocking=x.device.type == "cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,22 +105,22 @@ class LowRank:
     @property
     def mT(self) -> LowRank:  # noqa: N802 - torch's name
         """The delta of the transposed weight, of each matrix of a stack."""
-        return replace(self, left=self.right.mT, right=self.left.mT)
+        return _altered(self, left=self.right.mT, right=self.left.mT)
 
     def __getitem__(self, index: int) -> LowRank:
         """One matrix of a stack."""
-        return replace(self, left=self.left[index], right=self.right[index])
+        return _altered(self, left=self.left[index], right=self.right[index])
 
     def scaled(self, weight: float) -> LowRank:
         """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
-        return replace(self, scale=float(weight) * float(self.scale))
+        return _altered(self, scale=float(weight) * float(self.scale))
 
     def __neg__(self) -> LowRank:
-        return replace(self, scale=-self.scale)
+        return _altered(self, scale=-self.scale)
 
     def to(self, device: torch.device | str) -> LowRank:
         """The same values on another device."""
-        return replace(self, left=self.left.to(device), right=self.right.to(device))
+        return _altered(self, left=_moved(self.left, device), right=_moved(self.right, device))
 
     def dense(self) -> Tensor:
         """(rows, cols), float64: the product in float64 arithmetic. The slow truth; not correctly rounded."""
@@ -130,26 +149,26 @@ class Dense:
     @property
     def mT(self) -> Dense:  # noqa: N802 - torch's name
         """The delta of the transposed weight, of each matrix of a stack."""
-        return replace(self, value=self.value.mT)
+        return _altered(self, value=self.value.mT)
 
     def __getitem__(self, index: int) -> Dense:
         """One matrix of a stack."""
-        return replace(self, value=self.value[index])
+        return _altered(self, value=self.value[index])
 
     def reshape(self, shape: Sequence[int]) -> Dense:
         """The same elements, row-major, for a weight seen in another shape."""
-        return replace(self, value=self.value.reshape(tuple(shape)))
+        return _altered(self, value=self.value.reshape(tuple(shape)))
 
     def scaled(self, weight: float) -> Dense:
         """This delta times ``weight``: the new scale is one IEEE double product, weight·scale."""
-        return replace(self, scale=float(weight) * float(self.scale))
+        return _altered(self, scale=float(weight) * float(self.scale))
 
     def __neg__(self) -> Dense:
-        return replace(self, scale=-self.scale)
+        return _altered(self, scale=-self.scale)
 
     def to(self, device: torch.device | str) -> Dense:
         """The same values on another device."""
-        return replace(self, value=self.value.to(device))
+        return _altered(self, value=_moved(self.value, device))
 
     def dense(self) -> Tensor:
         """``value``'s shape, float64: scale·value, each element rounded once to float64."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from loreg.algebra import native
+from loreg.algebra import gpu, native
 from loreg.algebra.deciding import Deciding
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank
 from loreg.algebra.exact import SAFE
@@ -198,8 +199,13 @@ class Prepared:
         workspace: Workspace,
         residual: bool,
     ) -> None:
-        self._edit, self._shape, self._dtypes = edit, shape, dtypes
+        self._edit, self._shape, self._dtypes, self._residual = edit, shape, dtypes, residual
         columns = shape[1] if len(shape) == 2 else 1
+        if not edit.dense and gpu.computes(edit.low_rank, *dtypes, device):
+            self._pass: Blocks | native.Fused | gpu.Fused = gpu.Fused(
+                edit.low_rank, (shape[0], columns), dtypes, device
+            )
+            return
         fused = bool(edit.low_rank) and not edit.dense and native.computes(*dtypes, device)
         narrow = fused and all(term.right.dtype.itemsize < 8 for term in edit.low_rank)
         left, rest = _lefts(edit.low_rank, shape[0], device)
@@ -208,18 +214,36 @@ class Prepared:
         summands = 1 + len(edit.dense) + left.shape[1]
         eta, spread = (summands + 8) * 2.0**-53, self._magnitude(_largest(rows) * largest)
         forth, back = (dtypes[1], eta, spread), (dtypes[0], 3 * eta, 2 * spread)
-        self._forth = Deciding(edit, shape, *forth)
-        self._back = Deciding(-edit, shape, *back) if residual else None
+        self._known = eta, spread
         if fused:
             known = all(term.left.dtype.itemsize < 8 for term in edit.low_rank)
             factors = native.Factors(left, right, rest, rows, largest, spread if known else math.inf)
             screens = thresholds(*forth), thresholds(*back)
-            self._pass: Blocks | native.Fused = native.Fused(factors, dtypes, screens, workspace)
+            self._pass = native.Fused(factors, dtypes, screens, workspace)
         else:
             size = block * columns
             screens_ = [Screen(*given, size, device, workspace) for given in (forth, back)[: 1 + residual]]
             dense = [(term.scale, as_rows(term.value)) for term in edit.dense]
             self._pass = Blocks(left, right, dense, block, screens_, workspace)
+
+    @property
+    def on_gpu(self) -> gpu.Fused | None:
+        """The pass, if it is one that can be launched."""
+        return self._pass if isinstance(self._pass, gpu.Fused) else None
+
+    @cached_property
+    def _bound(self) -> tuple[float, float]:
+        """η and S, for which a GPU is waited for."""
+        return (self._pass.eta, float(self._pass.spread)) if isinstance(self._pass, gpu.Fused) else self._known
+
+    @cached_property
+    def _forth(self) -> Deciding:
+        return Deciding(self._edit, self._shape, self._dtypes[1], *self._bound)
+
+    @cached_property
+    def _back(self) -> Deciding:
+        eta, spread = self._bound
+        return Deciding(-self._edit, self._shape, self._dtypes[0], 3 * eta, 2 * spread)
 
     def _magnitude(self, products: float) -> float:
         """S of the class's bound: at least Σ|d·X| + Σ|c·B||A| in every element, up to 2⁻²⁰ of itself. ``products``:
@@ -232,6 +256,17 @@ class Prepared:
         if not all(_in_safe_range(tensor) for tensor in tensors):
             return math.inf
         return sum(abs(term.scale) * _largest(addable(term.value).abs()) for term in dense) + products
+
+    def check(self, W_rows: Tensor, row_start: int, out: Tensor) -> None:
+        """Raises BadInput if these are no rows of the weight."""
+        expected = (W_rows.shape[0] if W_rows.ndim else 0, *self._shape[1:])
+        for name, tensor, dtype in (("W", W_rows, self._dtypes[0]), ("out", out, self._dtypes[1])):
+            if tuple(tensor.shape) != expected or tensor.dtype != dtype:
+                raise BadInput(
+                    f"{name} of a tile is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {expected}."
+                )
+        if row_start < 0 or row_start + expected[0] > self._shape[0]:
+            raise BadInput(f"rows {row_start} to {row_start + expected[0]} are not in shape {self._shape}.")
 
     @torch.no_grad()
     def tile(self, W_rows: Tensor, row_start: int, out: Tensor, residual: Tensor | None = None) -> Outcome:
@@ -247,17 +282,10 @@ class Prepared:
         are others, if W holds NaN or infinity, or if a result exceeds the largest finite value of dtype_out,
         naming the element; ``out`` is then partly written.
         """
-        expected = (W_rows.shape[0] if W_rows.ndim else 0, *self._shape[1:])
-        for name, tensor, dtype in (("W", W_rows, self._dtypes[0]), ("out", out, self._dtypes[1])):
-            if tuple(tensor.shape) != expected or tensor.dtype != dtype:
-                raise BadInput(
-                    f"{name} of a tile is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {expected}."
-                )
-        if row_start < 0 or row_start + expected[0] > self._shape[0]:
-            raise BadInput(f"rows {row_start} to {row_start + expected[0]} are not in shape {self._shape}.")
+        self.check(W_rows, row_start, out)
         source, target = as_rows(W_rows), as_rows(out)
         small = None if residual is None else as_rows(residual)
-        rows, start = expected[0] if source.numel() else 0, 0
+        rows, start = len(source) if source.numel() else 0, 0
         pending, waiting = list[Done](), 0
         outcome = Outcome()
         while start < rows:
@@ -277,18 +305,29 @@ class Prepared:
     def _settle(self, pending: Sequence[Done], row_start: int, out: Tensor, small: Tensor | None) -> Outcome:
         """Writes the values of the candidates, and then what of the residual depended on them."""
         found = Candidates.all([done.found for done in pending])
-        out[found.rows - row_start, found.columns] = self._forth.values(found)
         unsure = [done.unsure for done in pending if done.unsure is not None]
-        if self._back is None or small is None or not unsure:
+        if small is None or not unsure or not self._residual:
+            self.decide(found, None, row_start, out)
             return Outcome(len(found.near))
-        rows, columns, delta, W = Candidates.all(unsure)
+        rest = Candidates.all(unsure)
+        correction = self.decide(found, rest, row_start, out)
+        fits = correction.abs() < -UNSURE
+        rows, columns = rest.rows - row_start, rest.columns
+        small[rows, columns] = torch.where(fits, correction, UNSURE).to(torch.int8)
+        index = rows * out.shape[1] + columns
+        return Outcome(len(found.near), index[~fits], correction[~fits])
+
+    def decide(self, found: Candidates, unsure: Candidates | None, row_start: int, out: Tensor) -> Tensor:
+        """Writes the values of ``found`` into ``out``, whose first row is ``row_start``; and returns the corrections
+        (int64) of ``unsure``, none for None."""
+        if len(found.near):
+            out[found.rows - row_start, found.columns] = self._forth.values(found)
+        if unsure is None or not len(unsure.near):
+            return torch.empty(0, dtype=torch.int64, device=out.device)
+        rows, columns, delta, W = unsure
         after = out[rows - row_start, columns]
         predicted = self._back.values(Candidates(rows, columns, after.double() - delta, after))
-        correction = ordered(W.to(self._dtypes[0])) - ordered(predicted)
-        fits = correction.abs() < -UNSURE
-        small[rows - row_start, columns] = torch.where(fits, correction, UNSURE).to(torch.int8)
-        index = (rows - row_start) * out.shape[1] + columns
-        return Outcome(len(found.near), index[~fits], correction[~fits])
+        return ordered(W.to(self._dtypes[0])) - ordered(predicted)
 
 
 class Stacked:
@@ -304,7 +343,7 @@ class Stacked:
         given: tuple[torch.dtype, torch.dtype, torch.device, int | None, Workspace, bool],
     ) -> None:
         self._edit, self._shape, self._given = edit, shape, given
-        self._current: tuple[int, Prepared | Stacked] | None = None
+        self._current: tuple[int, Prepared] | None = None
 
     def tile(self, W_rows: Tensor, row_start: int, out: Tensor, residual: Tensor | None = None) -> Outcome:
         """Rows [row_start, row_start + n) of the (n·rows, cols) that the stack is: as ``Prepared.tile``."""
@@ -320,11 +359,25 @@ class Stacked:
             done = span.stop
         return outcome
 
-    def _matrix(self, index: int) -> Prepared | Stacked:
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its matrices can be launched."""
+        return not self._edit.dense and gpu.computes(self._edit.low_rank, *self._given[:3])
+
+    def matrices(self) -> list[Prepared]:
+        """All of them, prepared."""
+        return [self._prepared(index) for index in range(self._shape[0])]
+
+    def _matrix(self, index: int) -> Prepared:
         if self._current is None or self._current[0] != index:
-            edit = self._edit[index] if self._edit.shape else self._edit
-            self._current = index, edit.prepare(self._shape[1:], *self._given)
+            self._current = index, self._prepared(index)
         return self._current[1]
+
+    def _prepared(self, index: int) -> Prepared:
+        edit = self._edit[index] if self._edit.shape else self._edit
+        prepared = edit.prepare(self._shape[1:], *self._given)
+        assert isinstance(prepared, Prepared)  # of two dimensions
+        return prepared
 
 
 def apply(W: Tensor, edit: WeightedSum, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,134 @@
+"""The kernels of ``algebra/gpu`` on a real GPU: the bytes of the CPU, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from loreg.algebra import gpu
+from loreg.algebra.delta import LowRank
+from loreg.algebra.edits import Prepared, WeightedSum
+from loreg.algebra.launching import Work, launch
+from loreg.algebra.rounding import bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
+    pytest.mark.skipif(not gpu.is_there(), reason="triton is not installed, or not for this device"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+CUDA = torch.device("cuda")
+
+
+@contextmanager
+def _without_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _case(
+    rows: int, columns: int, rank: int, dtype: torch.dtype, *, size: float = 1.0, seed: int = 0
+) -> tuple[torch.Tensor, WeightedSum]:
+    random = torch.Generator().manual_seed(seed)
+    W = 0.02 * torch.randn(rows, columns, generator=random)
+    W[torch.rand(rows, columns, generator=random) < 0.01] *= 2.0**-12
+    left = torch.randn(rows, rank, generator=random).to(torch.bfloat16)
+    right = (0.001 * size * torch.randn(rank, columns, generator=random)).to(torch.bfloat16)
+    return W.to(dtype), WeightedSum((LowRank(left, right, 0.37),))
+
+
+@pytest.mark.parametrize("dtype_in", DTYPES)
+@pytest.mark.parametrize("dtype_out", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(300, 513, 3), (256, 1024, 16), (129, 200, 64), (70, 136, 1)])
+def test_tiles_have_the_bytes_of_the_cpu(
+    dtype_in: torch.dtype, dtype_out: torch.dtype, rows: int, columns: int, rank: int
+) -> None:
+    W, edit = _case(rows, columns, rank, dtype_in)
+    residual = dtype_in == dtype_out
+    here, there = (
+        (edit.prepare(W.shape, dtype_in, dtype_out, device, residual=residual), W.to(device))
+        for device in ("cpu", "cuda")
+    )
+    results = []
+    for prepared, weight in (here, there):
+        out = torch.empty(W.shape, dtype=dtype_out, device=weight.device)
+        small = torch.full(W.shape, 77, dtype=torch.int8, device=weight.device) if residual else None
+        outcome = prepared.tile(weight, 0, out, small)
+        results.append([x.cpu() for x in (bits(out), small, outcome.index, outcome.wide) if x is not None])
+    assert isinstance(there[0], Prepared) and there[0].on_gpu is not None
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_a_model_is_merged_in_place_and_back(dtype: torch.dtype, size: float) -> None:
+    """Also where most words have a residual, which a first launch has no room for."""
+    cases = [
+        _case(rows, columns, rank, dtype, size=size, seed=seed)
+        for seed, (rows, columns, rank) in enumerate(
+            ((1024, 2048, 16), (2048, 1024, 16), (768, 776, 8), (100, 33, 4))
+        )
+    ]
+    live = [W.to(CUDA) for W, _ in cases]
+    torch.cuda.synchronize()
+    launch(_works(cases, live), residual=True).done()  # compiles
+    live = [W.to(CUDA) for W, _ in cases]
+    with _without_waiting():
+        launched = launch(_works(cases, live), residual=True)
+    undos = launched.done()
+    for (W, edit), weight in zip(cases, live, strict=True):
+        assert torch.equal(bits(weight.cpu()), bits(edit.apply(W)))
+    with _without_waiting():
+        launched = launch(_works([(W, -edit) for W, edit in cases], live))
+    launched.done()
+    for (W, _), weight, undo in zip(cases, live, undos, strict=True):
+        assert undo is not None
+        undo.restore(weight)
+        assert torch.equal(bits(weight.cpu()), bits(W))
+
+
+def _works(cases: list[tuple[torch.Tensor, WeightedSum]], live: list[torch.Tensor]) -> list[Work]:
+    """Prepared from factors on the host."""
+    return [
+        Work(edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=True), weight, weight)
+        for (W, edit), weight in zip(cases, live, strict=True)
+    ]
+
+
+def test_speed_of_layers_of_seven_billion() -> None:
+    """Printed, with the bound that moving bytes sets: pytest -m gpu -s. Four layers, 0.8 billion weights."""
+    shapes = [*[(4096, 4096)] * 4, (11008, 4096), (11008, 4096), (4096, 11008)] * 4
+    live = [torch.randn(shape, device=CUDA, dtype=torch.bfloat16).mul_(0.02) for shape in shapes]
+    edits = [
+        WeightedSum((LowRank(torch.randn(m, 16).bfloat16(), (0.001 * torch.randn(16, n)).bfloat16(), 0.37),))
+        for m, n in shapes
+    ]
+    copies = [torch.empty_like(weight) for weight in live]
+    copying = _milliseconds(lambda: [copy.copy_(weight) for copy, weight in zip(copies, live, strict=True)])
+    for residual in (False, True):
+        works = [
+            Work(edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=residual), W, out)
+            for edit, W, out in zip(edits, live, copies, strict=True)
+        ]
+        computing = _milliseconds(lambda works=works, residual=residual: launch(works, residual=residual))
+        print(f"residual {residual}: {computing:.2f} ms, a copy {copying:.2f} ms: {100 * copying / computing:.0f} %")
+        launch(works, residual=residual).done()
+
+
+def _milliseconds(work: object) -> float:
+    assert callable(work)
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
