@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -58,7 +59,13 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
     for target in targets:
         target.finished.keep_only(target.plan.shards)
     begun: deque[_Shard] = deque()
-    with OutputFiles() as files, workers(resources.device, resources.threads) as pool:
+    with (
+        ExitStack() as spills,
+        OutputFiles() as files,
+        workers(resources.device, resources.threads) as pool,
+    ):
+        for target in targets:
+            spills.callback(target.finished.close)
         work = _Work(files, pool, Computation(resources), advance)
         try:
             for shards in zip(*(target.plan.shards for target in targets), strict=True):

@@ -25,7 +25,7 @@ import torch
 
 from loreg.algebra.edits import WeightedSum
 from loreg.algebra.rounding import bits, half_ulp
-from loreg.checkpoint import Advance, Checkpoint, StoredTensor
+from loreg.checkpoint import Advance, Checkpoint, StoredTensor, read_whole
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, UsageError
 from loreg.format.base import BaseManifest
@@ -309,4 +309,4 @@ def require_record(folder: Path) -> MergeRecord:
     path = folder / "loreg.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no loreg.json: expected a directory that 'loreg merge' wrote.")
-    return MergeRecord.parse(path.read_bytes())
+    return MergeRecord.parse(read_whole(path))
