@@ -167,9 +167,10 @@ def test_killed_at_random(world: World, verb: str) -> None:
     print(verb, dict(sorted(seen.items())))
     # Else all kills came before or after the work, and this has shown nothing.
     inside = sum(count for stage, count in seen.items() if stage not in ("before", "made", "renamed"))
-    assert inside >= KILLS // 6 and len(seen) >= 3, seen
+    assert inside >= KILLS // 8 and len(seen) >= 2, seen
     if "wanted" in world.jobs[verb]:
-        assert sum(count for stage, count in seen.items() if stage.endswith("finished")) >= KILLS // 12, seen
+        ends = sum(count for stage, count in seen.items() if stage.endswith(("finished", "written")))
+        assert ends >= KILLS // 12, seen
 
 
 STEPS = ("mkdir", "open", "ftruncate", "copy_file_range", "pwrite", "fsync", "fdatasync", "rename", "unlink", "rmdir")
