@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,7 +155,7 @@ class Checkpoint:
 
     @classmethod
     def _sharded(cls, root: Path, index: Path) -> Checkpoint:
-        document = canonical_json.loads(index.read_bytes(), what=str(index))
+        document = canonical_json.loads(read_whole(index), what=str(index))
         weight_map = document.get("weight_map") if isinstance(document, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise BadInput(f"{index}: expected 'weight_map', a map from tensors to files.")
@@ -273,6 +274,21 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: Path) -> 
         done += count
 
 
+def read_whole(path: Path) -> bytes:
+    """The bytes of a small file. Raises BadInput if it cannot be read."""
+    with reading(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """BadInput, naming ``path``, for what the disk says in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def open_binary(path: Path) -> Any:
     try:
         return path.open("rb", buffering=0)
@@ -284,7 +300,7 @@ def _open_shard(path: Path) -> Shard:
     stamp = FileStamp.of(path)
     if not path.is_file():  # opening a pipe would wait for ever for somebody to write
         raise BadInput(f"{path} is no regular file: expected the weights of a model.")
-    with open_binary(path) as file:
+    with open_binary(path) as file, reading(path):
         return Shard(path, read_header(file, stamp.size, what=str(path)), stamp)
 
 

@@ -53,9 +53,11 @@ def scratch(out: Path, purpose: str, *, wait: bool = False, resume: bool = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError as error:  # it was another's, who was done with it between the two calls
             raise _just_written(out) from error
+        except NotADirectoryError as error:  # to be emptied and renamed, it has to be a directory of its own
+            raise Conflict(f"{folder} is a link: remove it, or choose another directory than {out}.") from error
     except OSError as error:
         with suppress(OSError):
             folder.rmdir()

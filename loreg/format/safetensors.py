@@ -95,7 +95,7 @@ def read_header(file: BinaryIO, size: int, *, what: str) -> Header:
     ``size`` is the size of the whole file in bytes; ``what`` names the file in errors. Reads the header only.
     Raises BadInput for anything that the specification lists as rejected.
     """
-    prefix = file.read(8)
+    prefix = _up_to(file, 8)
     if len(prefix) < 8 or size < 8:  # [S1]
         raise BadInput(f"{what} is not a safetensors file: it has {size} bytes; the length field needs 8.")
     length = int.from_bytes(prefix, "little")
@@ -104,10 +104,18 @@ def read_header(file: BinaryIO, size: int, *, what: str) -> Header:
             f"{what} is truncated or not a safetensors file: it announces a header of {length:,} bytes, "
             f"and has {size - 8:,} bytes after the length."
         )
-    text = file.read(length)
+    text = _up_to(file, length)
     if len(text) != length:  # [S1]
         raise BadInput(f"{what} is truncated: expected a header of {length:,} bytes, found {len(text):,}.")
     return parse_header(prefix + text, size, what=what)
+
+
+def _up_to(file: BinaryIO, size: int) -> bytes:
+    """``size`` bytes, or all that there are: a file without a buffer may give fewer at once than it has."""
+    found = b""
+    while len(found) < size and (piece := file.read(size - len(found))):
+        found += piece
+    return found
 
 
 def parse_header(raw: bytes, size: int | None, *, what: str) -> Header:

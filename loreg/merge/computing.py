@@ -16,7 +16,7 @@ from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
 from loreg.merge.combining import Combining
 from loreg.merge.files import OutputFile
-from loreg.merge.inputs import values
+from loreg.merge.inputs import read_values
 from loreg.merge.journal import Recorder, Spill
 from loreg.merge.layout import Action, OutputShard, OutputTensor
 from loreg.merge.resources import Resources
@@ -160,7 +160,7 @@ class _Edited:
         def before() -> torch.Tensor:
             nonlocal reads
             reads = True
-            return values(stored)
+            return read_values(stored)
 
         edit = sink.tensor.edit.load(info.name, stored.info.shape, before, sink.combining, scratch.device)
         # What an edit of the base's own values did is not known without them [U2].

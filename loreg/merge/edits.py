@@ -13,7 +13,7 @@ from loreg.algebra.edits import WeightedSum
 from loreg.errors import BadInput
 from loreg.format.module import FullTensor, Module
 from loreg.merge.combining import Combining
-from loreg.merge.inputs import AdapterInput, Base, values
+from loreg.merge.inputs import AdapterInput, Base, read_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Part:
         forms of the same adapter read: it is R that was trained upon."""
         edit, start = WeightedSum(), base
         if self.full is not None:
-            R = values(self.adapter.full_tensor(self.full)).reshape(view).to(device)
+            R = read_values(self.adapter.full_tensor(self.full)).reshape(view).to(device)
             edit += WeightedSum(dense=(Dense(R), Dense(base(), -1.0)))
 
             def start() -> torch.Tensor:

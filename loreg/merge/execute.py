@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -64,7 +65,14 @@ def execute(targets: Sequence[Target], *, resources: Resources, advance: Advance
     for target in targets:
         target.finished.keep_only(target.plan.shards)
     begun: deque[_Shard] = deque()
-    with OutputFiles() as files, workers(resources.device, resources.threads) as pool, Turns(pool) as turns:
+    with (
+        ExitStack() as spills,
+        OutputFiles() as files,
+        workers(resources.device, resources.threads) as pool,
+        Turns(pool) as turns,
+    ):
+        for target in targets:
+            spills.callback(target.finished.close)
         work = _Work(files, turns, Computation(resources), advance)
         try:
             for shards in zip(*(target.plan.shards for target in targets), strict=True):

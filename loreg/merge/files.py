@@ -33,8 +33,12 @@ class OutputFile:
         self._in_kernel = True
         with _named(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            # Not by posix_fallocate: a memory-backed file system would fill all its pages, and then again with data.
-            os.ftruncate(self._descriptor, size)
+            try:
+                # Not by posix_fallocate: a memory-backed file system would fill all its pages, and then with data.
+                os.ftruncate(self._descriptor, size)
+            except OSError:
+                self.close()
+                raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """All of ``data`` at ``offset``."""
@@ -122,10 +126,12 @@ class OutputFiles:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._flusher.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            self.settle()
-        for file in self._files:
-            file.close()
+        try:
+            if kind is None:
+                self.settle()
+        finally:  # of all: one that the disk refuses is no reason to leave the others open
+            for file in self._files:
+                file.close()
 
     def settle(self) -> None:
         """Waits until all that is finished is on the disk, and what was to be called then was."""

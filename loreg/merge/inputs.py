@@ -13,7 +13,7 @@ import torch
 from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.edits import WeightedSum
 from loreg.algebra.forms import Term, edit_of
-from loreg.checkpoint import FileStamp, Shard, StoredTensor, open_binary
+from loreg.checkpoint import FileStamp, Shard, StoredTensor, open_binary, read_exactly, reading
 from loreg.digest import Digest
 from loreg.errors import BadInput
 from loreg.format.manifest import AdapterManifest
@@ -21,7 +21,7 @@ from loreg.format.module import IN_OUT
 from loreg.format.reference import format_weight
 from loreg.format.safetensors import Header, read_header
 from loreg.format.terms import BiasTerm, FormTerm, LowRankTerm
-from loreg.tensors import from_buffer, torch_dtype
+from loreg.tensors import from_buffer, to_memory, torch_dtype
 
 CPU = torch.device("cpu")
 Base = Callable[[], torch.Tensor]
@@ -30,7 +30,8 @@ Base = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class AdapterInput:
-    """A version to be merged, at a weight. ``blobs``: the files of its blobs, verified by whoever hands them in.
+    """A version to be merged, at a weight. ``blobs``: the files of its blobs, verified by whoever hands them in;
+    that they stay what they were then is ``check_unchanged``'s to say.
 
     ``label`` is what the user called it, for messages.
     """
@@ -40,6 +41,22 @@ class AdapterInput:
     digest: Digest
     manifest: AdapterManifest
     blobs: Mapping[Digest, Path]
+
+    def __post_init__(self) -> None:
+        _ = self._stamps  # taken now
+
+    @cached_property
+    def _stamps(self) -> dict[Path, FileStamp]:
+        return {path: FileStamp.of(path) for path in self.blobs.values()}
+
+    def check_unchanged(self) -> None:
+        """BadInput if a blob is not the file that was verified, NotFound if it is gone."""
+        for path, stamp in self._stamps.items():
+            if FileStamp.of(path) != stamp:
+                raise BadInput(
+                    f"Blob {path.name} of {self.label} was changed while it was read: run the command again, which "
+                    "checks it."
+                )
 
     @cached_property
     def _factors(self) -> BlobReader:
@@ -104,7 +121,7 @@ class AdapterInput:
         """A replaced tensor where it is stored, under the name that it has in the checkpoint."""
         reader = BlobReader(self.full_file(name))
         info = replace(reader.header.by_name()["tensor"], name=name)
-        return StoredTensor(info, Shard(reader.path, reader.header, FileStamp.of(reader.path)))
+        return StoredTensor(info, reader.shard)
 
 
 def in_recipe_order(adapters: Iterable[AdapterInput]) -> list[AdapterInput]:
@@ -118,16 +135,18 @@ class BlobReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_binary(path) as file:
-            self.header: Header = read_header(file, path.stat().st_size, what=f"blob {path.name}")
+        stamp = FileStamp.of(path)
+        with open_binary(path) as file, reading(path):
+            self.header: Header = read_header(file, stamp.size, what=f"blob {path.name}")
         self._infos = self.header.by_name()
+        self.shard = Shard(path, self.header, stamp)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU, over pages of the file that are private to it."""
+        """One tensor on the CPU."""
         if name not in self._infos:
             raise BadInput(f"Blob {self.path.name} has no tensor {name!r}, which its manifest lists.")
         info = self._infos[name]
-        return mapped(self.path, self.header.data_start + info.start, info.nbytes, info.dtype, info.shape, name)
+        return read_values(StoredTensor(info, self.shard))
 
 
 def mapped(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:
@@ -149,3 +168,13 @@ def values(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor over a memory map, in its own shape."""
     info = stored.info
     return mapped(stored.shard.path, stored.offset, info.nbytes, info.dtype, info.shape, info.name)
+
+
+def read_values(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor in memory of its own: a file that is cut meanwhile is an error, where a map would end us."""
+    info = stored.info
+    kind = torch_dtype(info.dtype, info.name)
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    with open_binary(stored.shard.path) as file:
+        read_exactly(file.fileno(), to_memory(raw), stored.offset, stored.shard.path)
+    return raw.view(kind).view(info.shape)

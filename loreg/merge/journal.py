@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from loreg.algebra.native import sparse
-from loreg.checkpoint import open_binary, read_range
+from loreg.checkpoint import open_binary, read_range, reading
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
 from loreg.format.journal import BLOCK, ESCAPE, RAW, TENSOR, Record, Undoes, records
@@ -72,6 +72,10 @@ class Spill:
     def flush(self) -> None:
         """On the disk, and closed."""
         os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        """Without flushing it; more than once is the same as once."""
         self._file.close()
 
 
@@ -204,7 +208,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_binary(path) as file:
+        with open_binary(path) as file, reading(path):
             self._header: Header = read_header(file, path.stat().st_size, what=str(path))
         self.undoes = Undoes.of(self._header, what=str(path))
         self._entries = self._header.by_name()
@@ -226,10 +230,16 @@ class Journal:
     def corrections(self, tensor: TensorInfo) -> Corrections:
         """Of a tensor of the base."""
         info, width = self._entries[TENSOR + tensor.name], width_of(tensor)
-        file = self.path.open("rb", buffering=_BATCH)
-        file.seek(self._header.data_start + info.start)
+        with reading(self.path):
+            file = self.path.open("rb", buffering=_BATCH)
+            file.seek(self._header.data_start + info.start)
+
+        def read(size: int) -> bytes:
+            with reading(self.path):
+                return file.read(size)
+
         what = f"{self.path}, of tensor {tensor.name!r},"
-        found = records(file.read, info.nbytes, tensor.nbytes // width, width, what=what)
+        found = records(read, info.nbytes, tensor.nbytes // width, width, what=what)
         return Corrections(found, width, file.close)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loreg.adapters import models
-from loreg.checkpoint import Checkpoint, StoredTensor
+from loreg.checkpoint import Checkpoint, StoredTensor, read_whole
 from loreg.digest import Digest
 from loreg.errors import BadInput, Unsupported
 from loreg.format.fingerprint import BaseTensor
@@ -151,7 +151,7 @@ class Layout:
             shards.append(OutputShard(shard.name, header, tuple(ordered)))
         if base.index is None:
             return tuple(shards), None
-        original = base.index.read_bytes()
+        original = read_whole(base.index)
         sizes = {tensor.info.name: tensor.info.nbytes for shard in shards for tensor in shard.tensors}
         unchanged = sizes == {name: stored.info.nbytes for name, stored in base.tensors.items()}
         return tuple(shards), (base.index.name, original if unchanged else _index(original, shards))

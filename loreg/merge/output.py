@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loreg.adapters import models
-from loreg.checkpoint import Advance
+from loreg.checkpoint import Advance, read_whole
 from loreg.digest import Digest
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.fingerprint import BaseTensor, Match, identify
@@ -116,6 +116,8 @@ def write_merges(outputs: Sequence[Output], *, resources: Resources, advance: Ad
         records = [_record(target.plan, target.digests) for target in targets]
         journals = [_finish(target, record) for target, record in zip(targets, records, strict=True)]
         base.check_unchanged()
+        for adapter in (adapter for output in outputs for adapter in output.plan.adapters):
+            adapter.check_unchanged()
         verifications = [
             _verified(output, folder, record)
             for output, folder, record in zip(outputs, folders, records, strict=True)
@@ -211,7 +213,7 @@ def _write_side_files(plan: MergePlan, folder: Path, record: MergeRecord) -> dic
         (folder / name).write_bytes(raw)
     (folder / RECORD).write_bytes(record.dump())
     own = ["config.json", RECORD] + ([plan.index[0]] if plan.index else [])
-    before = {} if plan.base.lone else {name: (base / name).read_bytes() for name in own if (base / name).is_file()}
+    before = {} if plan.base.lone else {name: read_whole(base / name) for name in own if (base / name).is_file()}
     return {name: raw for name, raw in before.items() if raw != (folder / name).read_bytes()}
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from loreg.checkpoint import Advance, FileStamp, Shard, StoredTensor
 from loreg.digest import Digest, Hasher
@@ -39,17 +40,31 @@ class Finished:
     def __init__(self, folder: Path, recipe: Digest, *, undo: bool = False) -> None:
         self._folder, self._recipe, self._undo = folder, recipe, undo
         self._records = folder / _FOLDER
+        self._spills: list[Spill] = []
+
+    def close(self) -> None:
+        """The spills, those of shards that were not finished too."""
+        for spill in self._spills:
+            spill.close()
 
     def keep_only(self, shards: Iterable[OutputShard]) -> None:
-        """Removes whatever else a killed merge left: what it had copied from beside the base may be stale."""
-        kept = {_FOLDER, *(shard.name for shard in shards)}
+        """Removes whatever else a killed merge left: what it had copied from beside the base may be stale. A link,
+        and a file that has another name too, would be somebody else's to change in the output."""
+        kept = {shard.name for shard in shards}
         for path in self._folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            status = path.lstat()
+            if S_ISDIR(status.st_mode):
+                if path != self._records:
+                    shutil.rmtree(path)
+            elif path.name not in kept or not S_ISREG(status.st_mode) or status.st_nlink > 1:
+                path.unlink()
 
     def spill(self, shard: OutputShard) -> Spill | None:
         """For what undoes a shard, if that is wanted."""
-        return Spill(self._spilled(shard)) if self._undo else None
+        if not self._undo:
+            return None
+        self._spills.append(Spill(self._spilled(shard)))
+        return self._spills[-1]
 
     def _spilled(self, shard: OutputShard) -> Path:
         return self._records / f"{shard.name}.undo"
@@ -73,7 +88,7 @@ class Finished:
             return True
         try:
             return said.undo is not None and holds(self._spilled(shard), said.undo)
-        except (OSError, LoregError):
+        except (OSError, ValueError, LoregError):
             return False
 
     def record(self, shard: OutputShard, changed: Mapping[str, Digest], spill: Spill | None) -> Written:
@@ -109,7 +124,16 @@ class Finished:
             undo = document["undo"]
             entries = None if undo is None else {str(name): Entry.from_json(entry) for name, entry in undo.items()}
             return Written(changed, self._spilled(shard), entries)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, LoregError):
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            LoregError,
+        ):
             return None  # none, or one that was not written to its end
 
 

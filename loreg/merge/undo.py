@@ -94,6 +94,8 @@ def unmerge_from_journal(
             if Path(name).name != name:
                 raise BadInput(f"{journal.path} has a file {name!r}: expected a name in the directory of the model.")
             (folder / name).write_bytes(raw)
+        for adapter in adapters:
+            adapter.check_unchanged()
         known = [tensor for adapter in adapters for tensor in adapter.manifest.base.touched.items()]
         reason = f"{journal.path} is damaged, or not of this merge"
         return _written(folder, record, reason, known, advance)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from loreg.checkpoint import Advance, Checkpoint, FileStamp, Shard, StoredTensor, describe
+from loreg.checkpoint import Advance, Checkpoint, FileStamp, Shard, StoredTensor, describe, read_whole
 from loreg.errors import BadInput, UsageError
 from loreg.format.base import BaseManifest
 from loreg.format.fingerprint import BaseTensor, identify
@@ -261,4 +261,4 @@ def require_record(folder: Path) -> MergeRecord:
     path = folder / "loreg.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no loreg.json: expected a directory that 'loreg merge' wrote.")
-    return MergeRecord.parse(path.read_bytes())
+    return MergeRecord.parse(read_whole(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loreg.catalog import Database, queries
 from loreg.catalog.models import BaseRow
-from loreg.checkpoint import Advance, Checkpoint, FileStamp
+from loreg.checkpoint import Advance, Checkpoint, FileStamp, read_whole
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, NotFound, RemoteError, UsageError
 from loreg.format.base import BaseManifest, BaseReference, HubPin
@@ -216,7 +216,7 @@ def _recipe_beside(path: Path | None, root: Digest) -> Recipe | None:
     record = path / "loreg.json" if path else None
     if record is None or not record.is_file():
         return None
-    merged = MergeRecord.parse(record.read_bytes())
+    merged = MergeRecord.parse(read_whole(record))
     return merged.recipe if merged.weights_root == root else None
 
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 
 from loreg.catalog import Database, queries
+from loreg.checkpoint import FileStamp
 from loreg.digest import Digest, Fingerprint, Hasher, fingerprint
 from loreg.errors import BadInput, Conflict, LoregError, NotFound
 from loreg.store import BlobKey, Store, new_generation
@@ -62,7 +63,7 @@ class Storage:
     def __init__(self, database: Database, store: Store) -> None:
         self.database = database
         self.store = store
-        self._verified: set[BlobKey] = set()
+        self._verified: dict[BlobKey, FileStamp] = {}
 
     def commit(self, blobs: Sequence[PendingBlob], finish: Callable[[Session], T]) -> T:
         """Store ``blobs``, then run ``finish`` in the one transaction that makes them reachable.
@@ -119,20 +120,27 @@ class Storage:
         return self.store.read(self.key(digest))
 
     def path(self, digest: Digest) -> Path:
-        """A local file with the blob's bytes, verified when this process first asks. Raises NotFound, BadInput."""
+        """A local file with the blob's bytes, verified when this process first asks, and if it was changed since.
+
+        Raises NotFound, BadInput.
+        """
         key = self.key(digest)
         path = self.store.path(key)
         if path is None or not path.is_file():
             raise NotFound(f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again.")
-        if key not in self._verified:
+        stamp = FileStamp.of(path)
+        if self._verified.get(key) != stamp:
             hasher = Hasher(Hasher.ALL)
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    hasher.update(chunk)
+            try:
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        hasher.update(chunk)
+            except OSError as error:
+                raise BadInput(f"Blob {digest} cannot be read: {error.strerror}; check the disk.") from error
             if hasher.digest() != digest:
                 raise BadInput(
                     f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; restore it from a backup, or "
                     "push its adapter again."
                 )
-            self._verified.add(key)
+            self._verified[key] = stamp
         return path

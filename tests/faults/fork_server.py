@@ -1,0 +1,154 @@
+"""A process that has imported all that a merge needs and started no threads: each job runs in a fork of it.
+
+One line of JSON on stdin for each job, one on stdout for what became of it. Importing torch takes longer than
+merging, and a job is killed at its instant by the process that forked it, which has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import configure_mappers
+
+import loreg
+import loreg.catalog
+import loreg.merge.output
+import loreg.merge.resources
+import loreg.registry.merging
+from loreg.errors import LoregError
+
+CALLS = (
+    "open,read,write,pread,pwrite,preadv,copy_file_range,sendfile,fsync,fdatasync,ftruncate,rename,mkdir,rmdir,"
+    "unlink,mmap"
+)
+MODES = {"count": 0, "fail": 1, "half": 2, "kill before": 3, "kill after": 4}
+
+
+class Shim:
+    """What counts, and spoils, the calls of this process; see shim.c."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None)
+        for name in ("shim_name", "shim_path"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    def arm(self, folders: list[str], calls: str = CALLS, at: int = 0, code: int = 0, mode: str = "count") -> None:
+        where, what = ":".join(folders).encode(), f",{calls},".encode()
+        self._library.shim_arm(where, what, ctypes.c_long(at), code, MODES[mode])
+
+    def seen(self) -> list[tuple[str, str]]:
+        count = self._library.shim_count()
+        return [(self._library.shim_name(ctypes.c_long(place)).decode(),
+                 self._library.shim_path(ctypes.c_long(place)).decode())
+                for place in range(1, count + 1)]  # fmt: skip
+
+
+def work(registry: loreg.Registry, job: dict[str, Any]) -> str:
+    """Does it; the root of the weights that were written."""
+    options = dict(job.get("options", {}))
+    loreg.merge.resources.TILE_BYTES = options.pop("tile", 1 << 18)
+    if job["verb"] == "unmerge":
+        done = registry.unmerge(job["merged"], job["out"], **options)
+        assert done.matches_base
+        return str(done.weights_root)
+    wanted = [(expression, Path(out)) for expression, out in job["wanted"]]
+    return ",".join(str(result.weights_root) for result in registry.merge_many(wanted, **options))
+
+
+def outcome(registry: loreg.Registry, job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"root": work(registry, job)}
+    except LoregError as error:
+        return {"error": type(error).__name__, "said": str(error), "code": error.exit_code}
+    except BaseException as error:
+        return {"error": type(error).__name__, "said": str(error), "code": None}
+
+
+def spoiled(registry: loreg.Registry, job: dict[str, Any], shim: dict[str, Any]) -> dict[str, Any]:
+    """A job in a fresh place, or one that a killed job left, with its calls spoiled; and what is there then."""
+    place, counting = Path(job["place"]), Shim()
+    shutil.rmtree(place)
+    shutil.copytree(job["left"], place) if job.get("left") else place.mkdir()
+    registry.storage._verified.clear()  # or a process that lives on reads no blob again
+    counting.arm(**shim)
+    told = outcome(registry, job)
+    calls = counting.seen()
+    counting.arm([])
+    held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if int(name) > 2
+            and os.path.islink(f"/proc/self/fd/{name}")]  # fmt: skip
+    kept = [path for path in held if path.startswith(job["place"])]
+    hasher = hashlib.sha256()
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        hasher.update(str(path).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    names = sorted(path.name for path in place.iterdir())
+    return {**told, "calls": calls, "place": names, "bytes": hasher.hexdigest(), "open": kept}
+
+
+def child(job: dict[str, Any], pipe: int) -> None:
+    before = set(sys.modules)
+    told: dict[str, Any]
+    if "shim" in job:
+        shim = Shim()
+        shim.arm(**job["shim"])
+    with loreg.open(job["home"]) as registry:
+        if "runs" in job:
+            told = {"runs": [spoiled(registry, job, shim) for shim in job["runs"]]}
+        else:
+            told = outcome(registry, job)
+    if "shim" in job:
+        told["calls"] = shim.seen()
+    if "modules" in job:
+        told["modules"] = [name for name in sys.modules if name not in before]
+    with os.fdopen(pipe, "w") as file:
+        json.dump(told, file)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """``after``: seconds until it is killed, unless it has ended."""
+    ours, theirs = os.pipe()
+    began = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.close(ours)
+            child(job, theirs)
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    if job.get("after") is not None:
+        time.sleep(max(0.0, began + job["after"] - time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+    with os.fdopen(ours) as file:
+        told = file.read()
+    _, status = os.waitpid(pid, 0)
+    killed = os.WIFSIGNALED(status)
+    found = json.loads(told) if told and not killed else {}
+    return {"killed": killed, "signal": os.WTERMSIG(status), "seconds": time.monotonic() - began, **found}
+
+
+def main() -> None:
+    configure_mappers()
+    gc.freeze()
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = run(job)
+        for name in answer.pop("modules", ()):
+            import_module(name)  # what the first of its kind was the first to need
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, f"{threads} threads, and a fork would have one"
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
