@@ -350,15 +350,14 @@ INLINE places rounded_place(singles x)
 /* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole vector.
  *
  * Taking back gives W' - delta = W + (W' - x), x the exact sum: less than half a step of W' from W. So it rounds to W
- * unless W' has larger steps than W, or W is a power of two, below which steps are half as large. */
-INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const float *restrict delta)
+ * unless W' has larger steps than W, or W is a power of two, below which steps are half as large. `looks_back`: whether
+ * a residual is wanted. */
+INLINE void end_in_single(struct task *t, int looks_back, int64_t i, int64_t j, int64_t n, const float *restrict delta)
 {
     int64_t at = i * t->cols + j;
-    uint32_t rounded[STRIP], doubts[STRIP];
-    int32_t by[STRIP];
-    uint16_t last[STRIP];
+    uint16_t rounded[STRIP], last[STRIP];
+    int16_t by[STRIP];
     const uint16_t *W = (const uint16_t *)t->W + at;
-    int8_t *restrict small = t->small ? t->small + at : 0;
     words any = {0};
     singles margin = (singles)any + t->margin[i];
     if (n % SINGLES) { /* what is read beyond the row is an even number */
@@ -369,33 +368,38 @@ INLINE void end_in_single(struct task *t, int64_t i, int64_t j, int64_t n, const
     for (int64_t k = 0; k < n; k += SINGLES) {
         words were = __builtin_convertvector(*(const shorts *)(W + k), words) << 16;
         singles d = *(const singles *)(delta + k), x = (singles)were + d;
-        words up = (words)x + 0x8000u, doubt = are_near(x, margin) & DOUBTFUL;
-        *(words *)(rounded + k) = up >> 16;
-        if (small) {
+        words up = (words)x + 0x8000u;
+        any |= are_near(x, margin);
+        *(shorts *)(rounded + k) = __builtin_convertvector(up >> 16, shorts);
+        if (looks_back) {
             words open = (words)((places)(up & 0x7f800000u) > (places)(were & 0x7f800000u));
-            places off = {0};
+            shorts found = {0};
             open |= (words)((were & 0x007f0000u) == 0);
             if (any_of(open)) {
                 singles back = (singles)(up & 0xffff0000u) - d;
-                off = (rounded_place((singles)were) - rounded_place(back)) & (places)open;
-                doubt |= (are_near(back, margin) | (words)(off > 127) | (words)(off < -127)) & open & UNKNOWN;
+                places off = rounded_place((singles)were) - rounded_place(back);
+                places unknown = (places)are_near(back, margin) | (off > 127) | (off < -127);
+                any |= (words)unknown & open;
+                off = ((off & ~unknown) | (unknown & UNSURE)) & (places)open;
+                found = __builtin_convertvector((words)off & 0xffffu, shorts);
             }
-            *(places *)(by + k) = off;
+            *(shorts *)(by + k) = found;
         }
-        *(words *)(doubts + k) = doubt;
-        any |= doubt;
     }
-    for (int64_t k = 0; small && k < n; k++) small[k] = (int8_t)by[k];
-    uint16_t *restrict to = (uint16_t *)t->to + at;
+    int8_t *restrict small = t->small + at;
+    for (int64_t k = 0; looks_back && k < n; k++) small[k] = (int8_t)by[k];
     if (__builtin_expect(any_of(any), 0)) {
         uint8_t flags[STRIP + 8] = {0};
-        uint16_t narrow[STRIP];
-        for (int64_t k = 0; k < n; k++) flags[k] = (uint8_t)doubts[k], narrow[k] = (uint16_t)rounded[k];
-        settle(BF16, BF16, t, i, j, n, (uint32_t *)narrow, flags);
-        copy((char *)to, (const char *)narrow, n * 2);
-        return;
+        uint32_t doubts[STRIP];
+        for (int64_t k = 0; k < n; k += SINGLES) {
+            singles were = (singles)(__builtin_convertvector(*(const shorts *)(W + k), words) << 16);
+            *(words *)(doubts + k) = are_near(were + *(const singles *)(delta + k), margin);
+        }
+        for (int64_t k = 0; k < n; k++) flags[k] = DOUBTFUL & (uint8_t)doubts[k];
+        for (int64_t k = 0; looks_back && k < n; k++) flags[k] |= UNKNOWN & -(by[k] == UNSURE);
+        settle(BF16, BF16, t, i, j, n, (uint32_t *)rounded, flags);
     }
-    for (int64_t k = 0; k < n; k++) to[k] = (uint16_t)rounded[k];
+    copy((char *)((uint16_t *)t->to + at), (const char *)rounded, n * 2);
 }
 
 /* ---- strips of up to ROWS rows, from (i, j0) on ---- */
@@ -448,7 +452,7 @@ INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t,
     for (int64_t k = 0; k < h; k++) end_in_double(in, out, t, i + k, j0, n, sum[k]);
 }
 
-INLINE void in_single(struct task *t, int64_t i, int64_t h, int64_t j0, int64_t n)
+INLINE void in_single(struct task *t, int looks_back, int64_t i, int64_t h, int64_t j0, int64_t n)
 {
     float delta[ROWS][STRIP] __attribute__((aligned(64)));
     int64_t r = t->r;
@@ -463,7 +467,7 @@ INLINE void in_single(struct task *t, int64_t i, int64_t h, int64_t j0, int64_t 
         }
         STORE;
     }
-    for (int64_t k = 0; k < h; k++) end_in_single(t, i + k, j0, n, delta[k]);
+    for (int64_t k = 0; k < h; k++) end_in_single(t, looks_back, i + k, j0, n, delta[k]);
 }
 
 /* `single`: whether R is there as floats; `fast`: whether to begin in single precision. */
@@ -481,7 +485,8 @@ INLINE int64_t merge(enum dtype in, enum dtype out, int single, int fast, struct
             for (int64_t k = i; k < end; k += ROWS)
                 for (int64_t j0 = j; j0 < cols && j0 < j + block; j0 += STRIP) {
                     int64_t h = end - k < ROWS ? end - k : ROWS, n = cols - j0 < STRIP ? cols - j0 : STRIP;
-                    if (fast && few) in_single(t, k, h, j0, n);
+                    if (fast && few && t->small) in_single(t, 1, k, h, j0, n);
+                    else if (fast && few) in_single(t, 0, k, h, j0, n);
                     else in_double(in, out, single, t, k, h, j0, n);
                 }
     }
