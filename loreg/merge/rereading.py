@@ -24,7 +24,7 @@ _PIECE = 1 << 20
 
 _SHORT = 32
 
-DESK_BYTES = 12 << 20
+DESK_BYTES = 20 << 20
 """What a thread's desk comes to hold, at most, for rows of up to TILE_ELEMENTS."""
 
 

@@ -173,3 +173,29 @@ def test_a_delta_of_any_size_beside_the_weight(size: float, seed: int, rank: int
     found, _ = _edited(W, edit, torch.bfloat16, 2)
     expected, _ = _by_torch(lambda: _edited(W, edit, torch.bfloat16, 1))
     assert torch.equal(bits(found), bits(expected))
+
+
+@compiled
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize(("columns", "few"), [(1, 1), (7, 7), (64, 64), (701, 512), (1100, 512)])
+def test_what_is_summed_at_a_glance(width: int, columns: int, few: int) -> None:
+    """Against float64, within what float32 may lose in any order; what is no number is none in the sums either."""
+    if width > native.vector_bytes:
+        pytest.skip(f"this processor's vectors have {native.vector_bytes} bytes")
+    random = torch.Generator().manual_seed(columns)
+    before, after = (torch.randn(5, columns, generator=random).to(torch.bfloat16) for _ in range(2))
+    after[3, columns // 2] = torch.nan
+    x = torch.rand(4, columns, generator=random) * 2 - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "vector_bytes", width)
+        residue, norms, sizes = native.glance(before, after, x, few)
+    D, part = after.double() - before.double(), after.double().abs()[:, :few]
+    for found, terms in (
+        (residue, D[:, None] * x.double()),
+        (norms.square(), D[:, None].square()),
+        (sizes, part[:, None] * x.double().abs()[:, :few]),
+    ):
+        expected, magnitudes = terms.sum(-1), terms.abs().sum(-1)
+        assert torch.equal(found.isnan(), expected.isnan())
+        sure = ~expected.isnan()
+        assert bool(((found - expected).abs() <= (columns + 8) * 2.0**-24 * magnitudes)[sure].all())

@@ -233,6 +233,21 @@ def sparse(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return counts, offsets[:found], values[:found]
 
 
+def glance(before: Tensor, after: Tensor, x: Tensor, few: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the rows of D = after - before, in float32 and in any order: D·xᵀ (rows, 4), ‖D‖ (rows, 1), and
+    |after|·|x|ᵀ of the first ``few`` columns (rows, 4).
+
+    ``before`` and ``after``: bfloat16 (rows, columns); ``x``: float32 (4, columns); all contiguous, on the CPU. Only
+    where there is a ``library``.
+    """
+    rows, columns = before.shape
+    residue, square, size = (torch.empty(rows, count) for count in (4, 1, 4))
+    given = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (before, after, x))
+    sizes = (ctypes.c_int64(number) for number in (rows, columns, few))
+    _function("glance")(*given, *sizes, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (residue, square, size)))
+    return residue, square.sqrt_(), size
+
+
 def computes(dtype_in: torch.dtype, dtype_out: torch.dtype, device: torch.device) -> bool:
     """Whether there is a ``Fused`` for these."""
     return library is not None and device.type == "cpu" and dtype_in in _NAMES and dtype_out in _NAMES

@@ -1,4 +1,4 @@
-"""Compiles ``merge.c`` when loreg is installed, if there is a C compiler; without one torch does the same, slower."""
+"""Compiles the C sources when loreg is installed, if there is a C compiler; without, torch does the same, slower."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     "-fno-tree-loop-distribute-patterns",  # short copies stay loops
 )
+_BY_LEVEL = ("merge.c", "probe.c")
 _LEVELS = {
     16: (),
     32: ("-mavx2", "-mfma"),
@@ -51,13 +52,14 @@ def compiled(library: Path) -> Path | None:
     if compiler is None or os.name != "posix":
         return None
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        folder, objects = Path(scratch), list[Path]()
+        folder, objects, widest = Path(scratch), list[Path](), 0
         for width, machine in _LEVELS.items():
-            made = folder / f"{width}.o"
-            if not _run(compiler, *_FLAGS, *machine, f"-DLOREG_BYTES={width}", "-c", _FOLDER / "merge.c", "-o", made):
+            made = [folder / f"{Path(name).stem}{width}.o" for name in _BY_LEVEL]
+            given = compiler, *_FLAGS, *machine, f"-DLOREG_BYTES={width}", "-c"
+            if not all(_run(*given, _FOLDER / name, "-o", to) for name, to in zip(_BY_LEVEL, made, strict=True)):
                 break
-            objects.append(made)
-        named = f'-DLOREG_SOURCE="{source_digest(_FOLDER)}"', f"-DLOREG_WIDEST={[0, *_LEVELS][len(objects)]}"
+            objects, widest = objects + made, width
+        named = f'-DLOREG_SOURCE="{source_digest(_FOLDER)}"', f"-DLOREG_WIDEST={widest}"
         fresh = folder / library.name
         if not objects or not _run(
             compiler, *_FLAGS, *named, "-shared", _FOLDER / "levels.c", *objects, "-o", fresh, "-lm"
