@@ -132,8 +132,9 @@ def real(demo: str, sandbox: Path) -> Path:
 def check_outcome(folder: Path, hub: HubServer) -> None:
     """What the commands of the README leave."""
     demo = folder / "demo"
-    base, back = ((demo / name / "model.safetensors").read_bytes() for name in ("smollm2-135m", "base-again"))
-    assert base == back
+    names = "smollm2-135m", "base-again", "base-by-journal"
+    base, *back = ((demo / name / "model.safetensors").read_bytes() for name in names)
+    assert back == [base, base]
     pushed, exported = (tiny.files_in(place) for place in (folder / "examples/adapters/sql", demo / "sql-as-pushed"))
     assert exported == {name: pushed[name] for name in exported} and "adapter_config.json" in exported
     assert all(tensor.dtype != "U8" for tensor in tiny.tensors_in(folder / "llama-bf16").values())
