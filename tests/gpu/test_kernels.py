@@ -129,7 +129,7 @@ def test_a_live_merge_has_the_bytes_of_the_cpu_and_waits_as_often_for_many_tenso
             assert launched.same(W, edit.apply(before[name])), name
         kept = sum(editing.nbytes for editing in editings)
         assert all(editing.whole is not None for editing in editings)
-        assert 0 < kept < 0.05 * sum(W.nbytes for W in before.values())
+        assert 0 < kept < 0.2 * sum(W.nbytes for W in before.values())
         with _waits() as back:
             merging.unmerge(editings, None)
         assert all(launched.same(W, before[name]) for name, (W, _) in cases.items())
