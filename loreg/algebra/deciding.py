@@ -60,12 +60,18 @@ class Deciding:
         return values
 
     def _exact(self, found: Candidates) -> Tensor:
-        """On the CPU, from exact sums."""
+        """On the CPU, from exact sums; the terms may be on another device than ``found``."""
         rows, columns, _, W = found
         weight = W.double().cpu()
         self._refuse(~weight.isfinite(), found, "is NaN or infinite in W")
-        dense = [(x.scale, _doubles(as_rows(x.value)[rows, columns])) for x in self._terms.dense]
-        low_rank = [(x.scale, _doubles(x.left[rows].T), _doubles(x.right[:, columns])) for x in self._terms.low_rank]
+        dense = [
+            (x.scale, _doubles(as_rows(x.value)[rows.to(x.value.device), columns.to(x.value.device)]))
+            for x in self._terms.dense
+        ]
+        low_rank = [
+            (x.scale, _doubles(x.left[rows.to(x.left.device)].T), _doubles(x.right[:, columns.to(x.right.device)]))
+            for x in self._terms.low_rank
+        ]
         odd = torch.from_numpy(exact_sum(weight.numpy(), dense, low_rank))
         signed = torch.where(odd != 0, odd, torch.where(weight == 0, weight, 0.0))
         values = round_to(signed, self._dtype)

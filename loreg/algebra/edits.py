@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +25,7 @@ from loreg.algebra import gpu, native
 from loreg.algebra.deciding import Deciding
 from loreg.algebra.delta import FACTOR_DTYPES, Dense, LowRank
 from loreg.algebra.exact import SAFE
-from loreg.algebra.passes import UNSURE, Blocks, Candidates, Done, Outcome, addable, as_rows
+from loreg.algebra.passes import UNSURE, Blocks, Candidates, Done, Outcome, addable, as_rows, lefts, rights
 from loreg.algebra.rounding import Screen, Workspace, check_storage, ordered, thresholds
 from loreg.errors import BadInput, Unsupported
 
@@ -42,29 +43,6 @@ def _in_safe_range(x: Tensor) -> bool:
 
 def _largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
-
-
-def _lefts(terms: Sequence[LowRank], rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The lefts times their scales side by side, (rows, R), rounded to float64; and what that lost, None for nothing.
-
-    A scale in two parts of 24 and 29 bits gives products with float32 that are exact, and their sum is a two-sum. Of
-    a left that is float64 itself what is lost is not known here.
-    """
-    lefts = [torch.empty(rows, 0, dtype=torch.float64, device=device)]
-    lost = list(lefts)
-    for term in terms:
-        left = term.left.double()
-        lefts.append(term.scale * left)
-        high = float(torch.tensor(term.scale, dtype=torch.float32))
-        low = term.scale - high
-        lost.append(low * left - (lefts[-1] - high * left) if low else torch.zeros(()).expand_as(left))
-    exact = all(not part.any() for part in lost if part.stride() != (0, 0))
-    return torch.cat(lefts, dim=1), None if exact else torch.cat(lost, dim=1).double()
-
-
-def _rights(terms: Sequence[LowRank], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The rights one below the other, (R, columns), exactly, in ``dtype``."""
-    return torch.cat([torch.empty(0, columns, dtype=dtype, device=device), *(term.right.to(dtype) for term in terms)])
 
 
 def _largest_norm(x: Tensor, dim: int) -> float:
@@ -164,7 +142,7 @@ class WeightedSum:
         block = min(shape[0], tile_rows_hint or BLOCK_ELEMENTS // max(1, columns))
         space = workspace or Workspace()
         where = torch.device(device)
-        return Prepared(self.to(device), shape, (dtype_in, dtype_out), where, max(1, block), space, residual)
+        return Prepared(self, shape, (dtype_in, dtype_out), where, max(1, block), space, residual)
 
     def apply(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The whole of ``W`` (1-D to 3-D, any device) edited, as a new tensor of ``dtype`` (default: W's)."""
@@ -202,14 +180,16 @@ class Prepared:
         self._edit, self._shape, self._dtypes, self._residual = edit, shape, dtypes, residual
         columns = shape[1] if len(shape) == 2 else 1
         if not edit.dense and gpu.computes(edit.low_rank, *dtypes, device):
+            # What the exact stage needs stays where it is, on the host as a rule, where that stage is computed.
             self._pass: Blocks | native.Fused | gpu.Fused = gpu.Fused(
-                edit.low_rank, (shape[0], columns), dtypes, device
+                edit.to(device).low_rank, (shape[0], columns), dtypes, device
             )
             return
+        self._edit = edit = edit.to(device)
         fused = bool(edit.low_rank) and not edit.dense and native.computes(*dtypes, device)
         narrow = fused and all(term.right.dtype.itemsize < 8 for term in edit.low_rank)
-        left, rest = _lefts(edit.low_rank, shape[0], device)
-        right = _rights(edit.low_rank, columns, torch.float32 if narrow else torch.float64, device)
+        left, rest = lefts(edit.low_rank, shape[0], device)
+        right = rights(edit.low_rank, columns, torch.float32 if narrow else torch.float64, device)
         rows, largest = torch.linalg.vector_norm(left, dim=1), _largest_norm(right, dim=0)
         summands = 1 + len(edit.dense) + left.shape[1]
         eta, spread = (summands + 8) * 2.0**-53, self._magnitude(_largest(rows) * largest)
@@ -230,6 +210,20 @@ class Prepared:
     def on_gpu(self) -> gpu.Fused | None:
         """The pass, if it is one that can be launched."""
         return self._pass if isinstance(self._pass, gpu.Fused) else None
+
+    def __neg__(self) -> Prepared:
+        """What takes the edit back, of one ``on_gpu``, and for the rest in the same memory."""
+        assert isinstance(self._pass, gpu.Fused)
+        other = copy(self)
+        other._edit, other._pass = -self._edit, -self._pass
+        for cached in ("_forth", "_back"):
+            other.__dict__.pop(cached, None)
+        return other
+
+    def know(self, spread: float) -> None:
+        """S of the pass ``on_gpu``, which is then not asked for it."""
+        assert isinstance(self._pass, gpu.Fused)
+        self._bound = self._pass.eta, spread
 
     @cached_property
     def _bound(self) -> tuple[float, float]:
@@ -321,11 +315,18 @@ class Prepared:
         """Writes the values of ``found`` into ``out``, whose first row is ``row_start``; and returns the corrections
         (int64) of ``unsure``, none for None."""
         if len(found.near):
-            out[found.rows - row_start, found.columns] = self._forth.values(found)
+            out[found.rows - row_start, found.columns] = self.forth(found)
         if unsure is None or not len(unsure.near):
             return torch.empty(0, dtype=torch.int64, device=out.device)
+        return self.back(unsure, out[unsure.rows - row_start, unsure.columns])
+
+    def forth(self, found: Candidates) -> Tensor:
+        """The elements of W' that they are, on their device. Raises what ``tile`` does."""
+        return self._forth.values(found)
+
+    def back(self, unsure: Candidates, after: Tensor) -> Tensor:
+        """The corrections (int64) of ``unsure``, where W' is ``after``."""
         rows, columns, delta, W = unsure
-        after = out[rows - row_start, columns]
         predicted = self._back.values(Candidates(rows, columns, after.double() - delta, after))
         return ordered(W.to(self._dtypes[0])) - ordered(predicted)
 
@@ -364,9 +365,16 @@ class Stacked:
         """Whether its matrices can be launched."""
         return not self._edit.dense and gpu.computes(self._edit.low_rank, *self._given[:3])
 
+    @cached_property
     def matrices(self) -> list[Prepared]:
-        """All of them, prepared."""
+        """All of them, prepared and kept."""
         return [self._prepared(index) for index in range(self._shape[0])]
+
+    def __neg__(self) -> Stacked:
+        """What takes the edit back, of one ``on_gpu``."""
+        other = Stacked(-self._edit, self._shape, self._given)
+        other.matrices = [-prepared for prepared in self.matrices]
+        return other
 
     def _matrix(self, index: int) -> Prepared:
         if self._current is None or self._current[0] != index:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loreg.algebra.delta import LowRank
 from loreg.algebra.rounding import Screen, Workspace, ordered, widen
 
 UNSURE = -128
@@ -153,3 +154,26 @@ def as_rows(x: Tensor) -> Tensor:
 def addable(x: Tensor) -> Tensor:
     """The same values in a dtype that torch can add and compare, which it cannot in float8."""
     return x.float() if x.dtype.itemsize == 1 else x
+
+
+def lefts(terms: Sequence[LowRank], rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The lefts times their scales side by side, (rows, R), rounded to float64; and what that lost, None for nothing.
+
+    A scale in two parts of 24 and 29 bits gives products with float32 that are exact, and their sum is a two-sum. Of
+    a left that is float64 itself what is lost is not known here.
+    """
+    lefts = [torch.empty(rows, 0, dtype=torch.float64, device=device)]
+    lost = list(lefts)
+    for term in terms:
+        left = term.left.double()
+        lefts.append(term.scale * left)
+        high = float(torch.tensor(term.scale, dtype=torch.float32))
+        low = term.scale - high
+        lost.append(low * left - (lefts[-1] - high * left) if low else torch.zeros(()).expand_as(left))
+    exact = all(not part.any() for part in lost if part.stride() != (0, 0))
+    return torch.cat(lefts, dim=1), None if exact else torch.cat(lost, dim=1).double()
+
+
+def rights(terms: Sequence[LowRank], columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The rights one below the other, (R, columns), exactly, in ``dtype``."""
+    return torch.cat([torch.empty(0, columns, dtype=dtype, device=device), *(term.right.to(dtype) for term in terms)])

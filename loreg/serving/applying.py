@@ -1,4 +1,5 @@
-"""The edits of a live model: applied in place, a tensor per thread and tile by tile, and taken back bit for bit.
+"""The edits of a live model, each on its own: applied in place, a tensor per thread and tile by tile, and taken back
+bit for bit.
 
 A tile is computed beside the weight and copied onto it when it is right, so that an error leaves each element either
 as it was, or edited and with what undoes that.
@@ -7,11 +8,11 @@ as it was, or edited and with what undoes that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from loreg.errors import BadInput
 from loreg.format.methods import METHODS
 from loreg.merge.combining import Combining
 from loreg.merge.inputs import values
-from loreg.merge.workers import results, workers
 from loreg.serving.targets import Target
 from loreg.tensors import NAMES
+
+if TYPE_CHECKING:
+    from loreg.serving.merging import Ahead, Returning
 
 _TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 """Of a weight, worked on at once: few steps, and on a CPU what is computed is still in cache when it is copied."""
@@ -57,7 +60,7 @@ class Edit:
         replaces = any(part.full is not None for part in target.edit.parts)
         is_plain = METHODS[combining.method].keeps_terms and not replaces and all(m.plain for m in modules)
         bare = cls(target, combining, None)
-        return cls(target, combining, bare.load(_no_base)) if is_plain else bare
+        return cls(target, combining, bare.load(no_base)) if is_plain else bare
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -83,7 +86,7 @@ class Edit:
         return values(part.adapter.full_tensor(part.full))
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Rows that were edited, and what undoes that: what the prediction misses, or the original."""
 
     first: int
@@ -94,20 +97,21 @@ class _Piece(NamedTuple):
 class Editing:
     """One edit that is applied, and taken back. ``nbytes``: of what is kept for that."""
 
-    def __init__(self, edit: Edit) -> None:
-        self.edit = edit
-        self._pieces: list[_Piece] = []
-        self._turn = threading.Lock()
-        self._over = False
+    def __init__(self, edit: Edit, ahead: weakref.ref[Ahead] | None = None) -> None:
+        self.edit, self.ahead = edit, ahead
+        self.returning: Returning | None = None  # what has begun to undo it, together with others
+        self.pieces: list[Piece] = []
+        self.turn = threading.Lock()
+        self.over = False  # by its undoing: nothing may apply it then
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.kept.nbytes for piece in self._pieces)
+        return sum(piece.kept.nbytes for piece in self.pieces)
 
     @torch.inference_mode()
     def apply(self, space: Space) -> None:
-        with self._turn:
-            if self._over:  # by an error elsewhere, of which this thread does not know yet
+        with self.turn:
+            if self.over:  # by an error elsewhere, of which this thread does not know yet
                 return
             try:
                 self._apply(space.workspace)
@@ -117,7 +121,7 @@ class Editing:
     def _apply(self, workspace: Workspace) -> None:
         weight = self.edit.target.place.weight
         if (replacement := self.edit.replacement()) is not None:
-            self._pieces.append(_Piece(0, len(self._rows(weight)), weight.clone()))
+            self.pieces.append(Piece(0, len(self.rows(weight)), weight.clone()))
             weight.copy_(replacement)
             return
         original: Tensor | None = None
@@ -127,9 +131,9 @@ class Editing:
             original = weight.clone() if original is None else original
             return original
 
-        value, rows = self.edit.load(before), self._rows(weight)
+        value, rows = self.edit.load(before), self.rows(weight)
         if original is not None:  # What an edit of the base's own values did is not known without them [U2].
-            self._pieces.append(_Piece(0, len(rows), original))
+            self.pieces.append(Piece(0, len(rows), original))
         prepared = self._prepare(value, weight, workspace, residual=original is None)
         for first, W in _tiles(rows):
             out = workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
@@ -142,31 +146,40 @@ class Editing:
             if kept.nbytes >= W.nbytes:
                 kept = W.clone()
             W.copy_(out)
-            self._pieces.append(_Piece(first, len(W), kept))
+            self.pieces.append(Piece(first, len(W), kept))
+
+    @property
+    def whole(self) -> Corrections | None:
+        """What undoes all of it, where that is one piece, and no original."""
+        if len(self.pieces) != 1:
+            return None
+        first, height, kept = self.pieces[0]
+        complete = first == 0 and height == len(self.rows(self.edit.target.place.weight))
+        return kept if complete and isinstance(kept, Corrections) else None
 
     @torch.inference_mode()
     def undo(self, space: Space) -> None:
         """May be called again where it was interrupted."""
-        with self._turn:
-            self._over = True
+        with self.turn:
+            self.over = True
             weight, workspace = self.edit.target.place.weight, space.workspace
-            rows = self._rows(weight)
+            rows = self.rows(weight)
             prepared: Prepared | Stacked | None = None
-            while self._pieces:
-                first, height, kept = self._pieces[-1]
+            while self.pieces:
+                first, height, kept = self.pieces[-1]
                 W = rows[first : first + height]
                 if isinstance(kept, Tensor):
                     W.copy_(kept.view(W.shape))
                 else:
                     if prepared is None:
-                        prepared = self._prepare(-self.edit.load(_no_base), weight, workspace)
+                        prepared = self._prepare(-self.edit.load(no_base), weight, workspace)
                     out = workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
                     prepared.tile(W, first, out)
                     kept.to(W.device).add_to(out.view(-1))
                     W.copy_(out)
-                self._pieces.pop()
+                self.pieces.pop()
 
-    def _rows(self, weight: Tensor) -> Tensor:
+    def rows(self, weight: Tensor) -> Tensor:
         """The weight as rows, those of a stack counted through all of it."""
         view = self.edit.view
         return weight.view(-1, view[-1]) if len(view) > 1 else weight.view(-1)
@@ -177,11 +190,11 @@ class Editing:
         view, on_device = self.edit.view, weight.device.type == "cuda"
         return value.prepare(
             view, weight.dtype, weight.dtype, weight.device, workspace=workspace, residual=residual,
-            tile_rows_hint=_step(self._rows(weight)) if on_device else None,
+            tile_rows_hint=_step(self.rows(weight)) if on_device else None,
         )  # fmt: skip
 
 
-def _no_base() -> Tensor:
+def no_base() -> Tensor:
     raise BadInput("an edit that is to be known without the base's own values reads them.")
 
 
@@ -195,41 +208,3 @@ def _tiles(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     if rows.numel():
         for first in range(0, len(rows), step := _step(rows)):
             yield first, rows[first : first + step]
-
-
-def merge(edits: Sequence[Edit], threads: int | None) -> list[Editing]:
-    """All of them, or none: whatever is raised, every element is then what it was."""
-    editings = [Editing(edit) for edit in edits]
-    space = Space()
-    try:
-        _run(editings, [partial(editing.apply, space) for editing in editings], threads)
-    except BaseException:
-        while True:
-            try:
-                unmerge(editings, threads)
-                break
-            except KeyboardInterrupt:  # a second one: half a model would be of no use to anybody
-                continue
-        raise
-    return editings
-
-
-def unmerge(editings: Sequence[Editing], threads: int | None) -> None:
-    """What is not taken back yet; after an interruption it may be called again."""
-    space = Space()
-    _run(editings, [partial(editing.undo, space) for editing in editings], threads)
-
-
-def _run(editings: Sequence[Editing], jobs: Sequence[Callable[[], None]], threads: int | None) -> None:
-    """A job of each, those of one device after those of another."""
-    by_device: dict[torch.device, list[Callable[[], None]]] = {}
-    for editing, job in zip(editings, jobs, strict=True):
-        by_device.setdefault(editing.edit.target.place.tensor.device, []).append(job)
-    for device, here in by_device.items():
-        if device.type == "cuda":  # the threads' streams are not the caller's
-            torch.cuda.synchronize(device)
-        with workers(device, threads if device.type == "cpu" else None) as pool:
-            for _ in results(pool, here):
-                pass
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

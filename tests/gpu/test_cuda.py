@@ -82,6 +82,10 @@ def test_forms_give_the_same_bytes_on_cuda(case: Case) -> None:
     assert merged("cuda") == merged("cpu")
 
 
+def _model(folder: Path) -> torch.nn.Module:
+    return live_models.module_of(tiny.tensors_in(folder))
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_a_live_model_on_cuda(dtype: str, registry: loreg.Registry, tmp_path: Path) -> None:
     """The bytes of a merge on disk; and those of the base again, there or after a move to the CPU."""
@@ -91,11 +95,11 @@ def test_a_live_model_on_cuda(dtype: str, registry: loreg.Registry, tmp_path: Pa
         adapter = tiny.write_adapter(tmp_path / name, tiny.adapter(seed, rank=3, rows=160, cols=96))
         registry.push(adapter, base="base", name=name)
     registry.merge("0.5*sql - humor", tmp_path / "out", verify="none")
-    model = live_models.load(base).cuda()
+    model = _model(base).cuda()
     before = live_models.bytes_of(model)
     for place in ("cuda", "cpu"):
         merged = serving.merge_(model, "0.5*sql - humor", registry)
-        assert live_models.bytes_of(model) == live_models.bytes_of(live_models.load(tmp_path / "out")) != before
+        assert live_models.bytes_of(model) == live_models.bytes_of(_model(tmp_path / "out")) != before
         serving.unmerge_(model.to(place), merged)
         assert live_models.bytes_of(model) == before
 
@@ -104,7 +108,7 @@ def test_an_error_half_way_on_cuda_leaves_nothing(registry: loreg.Registry, tmp_
     tensors = tiny.model()
     registry.add_base(tiny.write_model(tmp_path / "base", tensors), "base")
     registry.push(tiny.write_adapter(tmp_path / "sql", tiny.adapter()), base="base", name="sql")
-    model = live_models.load(tmp_path / "base").cuda()
+    model = _model(tmp_path / "base").cuda()
     with torch.no_grad():
         model.get_submodule(tiny.V).weight[-1, -1] = float("inf")
     before = live_models.bytes_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ from loreg.algebra.delta import LowRank
 from loreg.algebra.edits import Prepared, WeightedSum
 from loreg.algebra.launching import Work, launch
 from loreg.algebra.rounding import bits
+from loreg.errors import BadInput
+from loreg.serving import merging
+from tests import launched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +93,7 @@ def test_a_model_is_merged_in_place_and_back(dtype: torch.dtype, size: float) ->
     launched.done()
     for (W, _), weight, undo in zip(cases, live, undos, strict=True):
         assert undo is not None
-        undo.restore(weight)
+        undo.add_to(weight.view(-1))
         assert torch.equal(bits(weight.cpu()), bits(W))
 
 
@@ -99,6 +103,64 @@ def _works(cases: list[tuple[torch.Tensor, WeightedSum]], live: list[torch.Tenso
         Work(edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=True), weight, weight)
         for (W, edit), weight in zip(cases, live, strict=True)
     ]
+
+
+def _live(count: int) -> dict[str, launched.Case]:
+    kinds = [((256, 512), torch.bfloat16), ((3, 64, 96), torch.bfloat16), ((100, 33), torch.float32)]
+    made = {
+        f"{i}.{j}": launched.case(*shape, dtype=dtype, rank=8, seed=10 * i + j)
+        for i in range(count)
+        for j, (shape, dtype) in enumerate(kinds)
+    }
+    return {name: (W.to(CUDA), edit) for name, (W, edit) in made.items()}
+
+
+def test_a_live_merge_has_the_bytes_of_the_cpu_and_waits_as_often_for_many_tensors_as_for_few() -> None:
+    """Neither it nor the way back waits for one tensor."""
+    waits = []
+    for count in (1, 1, 6):  # first to compile
+        cases = _live(count)
+        before = {name: W.cpu() for name, (W, _) in cases.items()}
+        edits = launched.edits(cases)
+        ahead = merging.Ahead(edits)
+        with _waits() as forth:
+            editings = merging.merge(edits, None, ahead)
+        for name, (W, edit) in cases.items():
+            assert launched.same(W, edit.apply(before[name])), name
+        kept = sum(editing.nbytes for editing in editings)
+        assert all(editing.whole is not None for editing in editings)
+        assert 0 < kept < 0.2 * sum(W.nbytes for W in before.values())
+        with _waits() as back:
+            merging.unmerge(editings, None)
+        assert all(launched.same(W, before[name]) for name, (W, _) in cases.items())
+        waits.append((len(forth), len(back)))
+    assert waits[1] == waits[2], waits
+
+
+@contextmanager
+def _waits() -> Iterator[list[warnings.WarningMessage]]:
+    """For the device, as torch warns of them."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_error_in_the_last_of_many_leaves_all_as_they_were(value: float) -> None:
+    cases = _live(4)
+    cases["last"] = launched.case(70, 136, seed=99)
+    W = cases["last"][0].to(CUDA)
+    W[69, 135] = W[3, 5] = value
+    cases["last"] = W, cases["last"][1]
+    before = {name: W.clone() for name, (W, _) in cases.items()}
+    edits = launched.edits(cases)
+    with pytest.raises(BadInput, match=r"'last': element \[3, 5\]|'last': element \[69, 135\]"):
+        merging.merge(edits, None, merging.Ahead(edits))
+    assert all(launched.same(W, before[name]) for name, (W, _) in cases.items())
 
 
 def test_speed_of_layers_of_seven_billion() -> None:

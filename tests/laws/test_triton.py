@@ -59,8 +59,10 @@ def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_they_give_the_bytes_of_torchs_passes() -> None:
-    cases = str(Path(__file__).with_name("triton_cases.py"))
+@pytest.mark.parametrize("file", ["triton_cases.py", "live_cases.py"])
+def test_they_give_the_bytes_of_torchs_passes(file: str) -> None:
+    """And live merges by them are all or nothing."""
+    cases = str(Path(__file__).with_name(file))
     done = _run("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

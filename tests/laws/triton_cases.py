@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loreg.algebra import Dense, LowRank, WeightedSum, gpu, native
+from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked
 from loreg.algebra.gpu import kernels
-from loreg.algebra.launching import Undo, Work, launch
+from loreg.algebra.launching import Work, launch
 from loreg.algebra.passes import UNSURE, Outcome
 from loreg.algebra.rounding import bits, from_ordered, ordered
 from loreg.errors import BadInput
@@ -84,11 +85,11 @@ def check(W: torch.Tensor, edit: WeightedSum, dtype: torch.dtype, *, residual: b
     return expected
 
 
-def _dense(undo: Undo, W: torch.Tensor) -> torch.Tensor:
-    assert undo.index.dtype == torch.int32 and undo.value.dtype == torch.int8
-    assert not bool((undo.value == 0).any()) and len(undo.index.unique()) == len(undo.index)
+def _dense(undo: Corrections, W: torch.Tensor) -> torch.Tensor:
+    assert undo.index.dtype == torch.int32 and undo.by.dtype == torch.int8
+    assert not bool((undo.by == 0).any()) and len(undo.index.unique()) == len(undo.index)
     flat = torch.zeros(W.numel(), dtype=torch.int64)
-    flat[undo.index], flat[undo.wide_index] = undo.value.long(), undo.wide
+    flat[undo.index], flat[undo.wide_index] = undo.by.long(), undo.wide
     return flat.view(W.shape)
 
 
@@ -99,10 +100,10 @@ def _with(small: torch.Tensor, wide: Outcome) -> torch.Tensor:
     return flat.view(small.shape)
 
 
-def _restored(edit: WeightedSum, W: torch.Tensor, merged: torch.Tensor, undo: Undo) -> None:
+def _restored(edit: WeightedSum, W: torch.Tensor, merged: torch.Tensor, undo: Corrections) -> None:
     back = -edit
     launch([Work(prepared(back, merged, W.dtype, False), merged, merged)]).done()
-    undo.restore(merged)
+    undo.add_to(merged.view(-1))
     assert torch.equal(bits(merged), bits(W))
 
 

@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from loreg.algebra.delta import LowRank
 from loreg.algebra.exact import SAFE
-from loreg.algebra.gpu.lists import LANES, Lists, Open, Place, Undone, joined, numbers, owners
+from loreg.algebra.gpu.lists import LANES, Listed, Lists, Open, Place, Undone, joined, numbers, owners
 from loreg.algebra.passes import UNSURE, Done
 
 DEVICES = frozenset({"cuda"})
@@ -119,6 +120,13 @@ class Fused:
         if self.single:
             self.left_single, self.margin = self.left.float(), _margin(norms, _largest(largest), self.spread, rank)
 
+    def __neg__(self) -> Fused:
+        """W - Σ c·B·A: the same bounds, and for the rest the same memory."""
+        other = copy(self)
+        other.left = -self.left
+        other.left_single = -self.left_single if self.single else other.left
+        return other
+
     @property
     def height(self) -> int:
         """Rows of a tile."""
@@ -128,6 +136,7 @@ class Fused:
         """As ``Blocks.rows``, with all rows done."""
         to = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         launched = Launched([Job(self, W.contiguous(), to, first)], residual is not None)
+        launched.start()
         (open_,) = launched.opened()
         if to is not out:
             out.copy_(to)
@@ -203,65 +212,107 @@ class Job:
 
 
 class _Group:
-    """Jobs of one kind. ``share``: as SHARE."""
+    """Jobs of one kind. ``share``: as SHARE; ``todo``: which tiles are wanted (int8), default all.
 
-    def __init__(self, jobs: Sequence[Job], residual: bool, share: tuple[float, float]) -> None:
+    Whatever is raised on the way, it goes on where it is asked again: a tile that is done is marked as such.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], residual: bool, share: tuple[float, float], todo: Tensor | None = None
+    ) -> None:
         self.jobs, self.residual = jobs, residual
         self._device = jobs[0].fused.device
         self._tiles = [job.tiles for job in jobs]
-        self._todo = torch.ones(sum(self._tiles), dtype=torch.int8, device=self._device)
+        self.todo = torch.ones(sum(self._tiles), dtype=torch.int8, device=self._device) if todo is None else todo
         self._owners = owners(self._tiles, self._device).int()
         self._reals = torch.stack([job.fused.reals for job in jobs])
         rooms = [[min(job.words, max(_LEAST, int(job.words * part))) for job in jobs] for part in share]
-        self.runs, self._counts = list[Lists](), list[list[int]]()
-        self.start(rooms[0], rooms[1] if residual else [0] * len(jobs))
+        self._rooms = rooms[0], rooms[1] if residual else [0] * len(jobs)
+        self.runs = list[Lists]()
+
+    def begin(self) -> None:
+        if not self.runs:
+            self.start(*self._rooms)
+        self._go_on()
 
     def start(self, doubts: Sequence[int], undos: Sequence[int]) -> None:
         """All tiles that are still to be done, with these rooms."""
-        kernels, fused = _kernels(), self.jobs[0].fused
-        word = torch.int32 if fused.dtypes[0] == torch.float32 else torch.int16
-        lists = Lists(doubts, undos, word, self._device)
-        self.runs.append(lists)
+        word = torch.int32 if self.jobs[0].fused.dtypes[0] == torch.float32 else torch.int16
+        self.runs.append(Lists(doubts, undos, word, self._device))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """What of the last run has not been started."""
+        lists, fused = self.runs[-1], self.jobs[0].fused
+        if lists.started == len(steps := (self._merge, self._settle)):
+            return
         firsts = [0, *accumulate(self._tiles)]
-        rooms = zip(lists.doubt_bases, doubts, lists.undo_bases, undos, strict=False)
+        rooms = zip(lists.doubt_bases, lists.doubts, lists.undo_bases, lists.undos, strict=False)
         rows = [job.row(first, given) for job, first, given in zip(self.jobs, firsts, rooms, strict=False)]
         table = numbers(rows, self._device)
         kind = {
             "IN": _CODES[fused.dtypes[0]], "OUT": _CODES[fused.dtypes[1]], "SINGLE": fused.single, "RANK": fused.rank,
-            "CONVERTS": kernels.COMPILED, "RESIDUAL": self.residual,
+            "CONVERTS": _kernels().COMPILED, "RESIDUAL": self.residual,
         }  # fmt: skip
         with _on(self._device):
-            kernels.merge[(len(self._owners),)](
-                table, self._reals, self._owners, self._todo, lists.counters,
-                lists.doubt_at, lists.doubt_were, lists.undo_at, lists.undo_by, **kind,
-                ALIGNED=self.jobs[0].kind[-1], ROWS=fused.height, COLUMNS=COLUMNS,
-                num_warps=_WARPS, maxnreg=_REGISTERS[fused.single and not self.residual],
-            )  # fmt: skip
-            kernels.settle[(len(self.jobs), _SETTLERS)](
-                table, self._reals, lists.counters, lists.doubt_at, lists.doubt_were, lists.sums, lists.late,
-                lists.state, **kind, PANEL=COLUMNS, BLOCK=16, num_warps=4,
-            )  # fmt: skip
+            for step in steps[lists.started :]:
+                step(lists, table, kind)
+                lists.started += 1
+
+    def _merge(self, lists: Lists, table: Tensor, kind: dict[str, object]) -> None:
+        fused = self.jobs[0].fused
+        _kernels().merge[(len(self._owners),)](
+            table, self._reals, self._owners, self.todo, lists.counters,
+            lists.doubt_at, lists.doubt_were, lists.undo_at, lists.undo_by, **kind,
+            ALIGNED=self.jobs[0].kind[-1], ROWS=fused.height, COLUMNS=COLUMNS,
+            num_warps=_WARPS, maxnreg=_REGISTERS[fused.single and not self.residual],
+        )  # fmt: skip
+
+    def _settle(self, lists: Lists, table: Tensor, kind: dict[str, object]) -> None:
+        _kernels().settle[(len(self.jobs), _SETTLERS)](
+            table, self._reals, lists.counters, lists.doubt_at, lists.doubt_were, lists.sums, lists.late,
+            lists.state, **kind, PANEL=COLUMNS, BLOCK=16, num_warps=4,
+        )  # fmt: skip
 
     def _finished(self) -> list[tuple[Lists, list[int]]]:
         """All runs with what their counters came to. One without room is followed by another for what it left."""
-        while len(self._counts) < len(self.runs):
-            lists = self.runs[-1]
-            self._counts.append(lists.counters.tolist())
-            if lists.overflowed(self._counts[-1]):
-                self.start(*lists.wanted(self._counts[-1]))
-        return list(zip(self.runs, self._counts, strict=True))
+        self.begin()
+        while (last := self.runs[-1]).overflowed(counts := last.counters.tolist()):
+            self.start(*last.wanted(counts))
+        return self._so_far()
 
     def opened(self) -> list[Open]:
         places, dtype = [job.place for job in self.jobs], self.jobs[0].fused.dtypes[0]
         return joined([lists.opened(counts, places, dtype) for lists, counts in self._finished()])
 
-    def undone(self) -> list[Undone]:
+    def undone(self, *, so_far: bool = False) -> list[Undone]:
         places = [job.place for job in self.jobs]
-        return joined([lists.undone(counts, places) for lists, counts in self._finished()])
+        runs = self._so_far() if so_far else self._finished()
+        return joined([lists.undone(counts, places) for lists, counts in runs])
+
+    def listed(self) -> list[Listed]:
+        places, dtype = [job.place for job in self.jobs], self.jobs[0].fused.dtypes[0]
+        return joined([lists.listed(counts, places, dtype) for lists, counts in self._so_far()])
+
+    def _so_far(self) -> list[tuple[Lists, list[int]]]:
+        """Runs without what would follow them."""
+        return [(lists, lists.counters.tolist()) for lists in self.runs]
+
+    @property
+    def began(self) -> bool:
+        return any(lists.started for lists in self.runs)
+
+    def taken_back(self) -> _Group:
+        """Of the tiles that are done by now, the way back but for what the lists say: not begun yet."""
+        jobs = [Job(-job.fused, job.out, job.out, job.first) for job in self.jobs]
+        return _Group(jobs, False, SHARE, 1 - self.todo)
 
 
 class Launched:
-    """Jobs under way, of any kinds, on a device that nothing here has waited for. ``share``: as SHARE."""
+    """Jobs for a device, of any kinds. Nothing here waits for it but what says so. ``share``: as SHARE.
+
+    Where anything is raised, the same may be called again and goes on.
+    """
 
     def __init__(self, jobs: Sequence[Job], residual: bool, share: tuple[float, float] | None = None) -> None:
         self._jobs, self._kinds = jobs, dict[tuple[object, ...], list[int]]()
@@ -272,16 +323,36 @@ class Launched:
             _Group([jobs[i] for i in members], residual, share or SHARE) for members in self._kinds.values()
         ]
 
+    def start(self) -> None:
+        for group in self._groups:
+            group.begin()
+
     def opened(self) -> list[Open]:
         """For each job, what is still to be decided. Waits for the device."""
         return self._gather(_Group.opened, [Open.none(job.W) for job in self._jobs])
 
-    def undone(self) -> list[Undone]:
-        """For each job, its residual as far as it is known. Waits for the device."""
-        return self._gather(_Group.undone, [Undone.none(job.W) for job in self._jobs])
+    def undone(self, *, so_far: bool = False) -> list[Undone]:
+        """For each job, its residual as far as it is known. Waits for the device. ``so_far``: of the tiles that were
+        done, those that found no room are not started again."""
+        return self._gather(lambda group: group.undone(so_far=so_far), [Undone.none(job.W) for job in self._jobs])
+
+    def listed(self) -> list[Listed]:
+        """For each job, what W was wherever a kernel was in doubt, so far. Waits for the device."""
+        return self._gather(_Group.listed, [Listed.none(job.W) for job in self._jobs])
+
+    def taken_back(self) -> Launched:
+        """Of jobs in place: the edits' negation, not started, for all tiles that were done by now.
+
+        But for the residuals, and for elements that are ``listed``, of which it says nothing, it gives back W."""
+        other = copy(self)
+        begun = [(kind, group) for kind, group in zip(self._kinds, self._groups, strict=True) if group.began]
+        other._kinds = {kind: self._kinds[kind] for kind, _ in begun}
+        other._groups = [group.taken_back() for _, group in begun]
+        return other
 
     def _gather(self, each: Callable[[_Group], list[_T]], found: list[_T]) -> list[_T]:
         for members, group in zip(self._kinds.values(), self._groups, strict=True):
-            for index, one in zip(members, each(group), strict=True):
+            ones = each(group)  # none of one that has not begun
+            for index, one in zip(members, ones, strict=bool(ones)):
                 found[index] = one
         return found

@@ -67,6 +67,19 @@ class Undone(NamedTuple):
         return cls(W.new_empty(0, dtype=torch.int64), W.new_empty(0, dtype=torch.int8))
 
 
+class Listed(NamedTuple):
+    """Elements of one job in words that were in doubt, and what W was there."""
+
+    rows: Tensor
+    columns: Tensor
+    were: Tensor
+
+    @classmethod
+    def none(cls, W: Tensor) -> Listed:
+        places = W.new_empty(0, dtype=torch.int64)
+        return cls(places, places, W.new_empty(0))
+
+
 class Lists:
     """For each job room for so many words in doubt, and for so many words of the residual."""
 
@@ -81,6 +94,7 @@ class Lists:
         self.late, self.state = (torch.empty(doubt, LANES, dtype=torch.int8, device=device) for _ in range(2))
         self.undo_at = torch.empty(undo, dtype=torch.int32, device=device)
         self.undo_by = torch.empty(undo, LANES, dtype=torch.int8, device=device)
+        self.started = 0  # of the kernels
 
     def wanted(self, counts: Sequence[int]) -> tuple[list[int], list[int]]:
         """Of what ``counters`` were: words in doubt, and of the residual, that all jobs have."""
@@ -108,6 +122,19 @@ class Lists:
             found.append(Open(number_ // place.words + place.first, columns, near_, were_, state_))
         return found
 
+    def listed(self, counts: Sequence[int], places: Sequence[Place], dtype: torch.dtype) -> list[Listed]:
+        """For each job, all elements of the words in doubt."""
+        found, lanes = [], torch.arange(LANES, device=self.doubt_at.device)
+        for place, (start, end) in zip(
+            places, _spans(self.doubt_bases, self.doubts, self.wanted(counts)[0]), strict=True
+        ):
+            number = self.doubt_at[start:end].long()[:, None]
+            columns = number % place.words * LANES + lanes
+            here = (number >= 0) & (columns < place.columns)
+            rows = (number // place.words + place.first).expand_as(columns)
+            found.append(Listed(rows[here], columns[here], self.doubt_were[start:end].view(dtype)[here]))
+        return found
+
     def undone(self, counts: Sequence[int], places: Sequence[Place]) -> list[Undone]:
         """For each job what is known of its residual."""
         doubts, undos = self.wanted(counts)
@@ -133,7 +160,7 @@ class Lists:
 
 
 _Span = tuple[int, int]
-_T = TypeVar("_T", bound=Open | Undone)
+_T = TypeVar("_T", bound=Open | Undone | Listed)
 
 
 def _spans(bases: Sequence[int], rooms: Sequence[int], counts: Sequence[int]) -> Iterator[_Span]:
@@ -166,7 +193,7 @@ def _split(x: Tensor, job: Tensor, jobs: int) -> list[Tensor]:
 
 
 def joined(runs: Sequence[list[_T]]) -> list[_T]:
-    """What several runs have of each job."""
+    """What several runs have of each job; nothing of none."""
     if len(runs) == 1:
         return runs[0]
     return [type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*runs, strict=True)]

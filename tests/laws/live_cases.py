@@ -1,0 +1,286 @@
+"""Live merges by the kernels, in place: all or nothing. Run by ``test_triton.py``, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from live_models import bytes_of, module_of
+
+import loreg
+from loreg import serving
+from loreg.algebra import Dense, LowRank, WeightedSum, gpu, launching
+from loreg.algebra.corrections import Corrections
+from loreg.algebra.edits import Prepared
+from loreg.algebra.gpu.lists import Lists
+from loreg.algebra.rounding import bits
+from loreg.errors import BadInput, Conflict
+from loreg.serving import applying, merging
+from loreg.serving.live import prepare
+from tests import launched
+from tests.laws.triton_cases import _on_the_cpu  # noqa: F401
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@contextmanager
+def by_torch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "DEVICES", frozenset())
+        yield
+
+
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_LEAST", 1)
+    monkeypatch.setattr(gpu, "SHARE", (0.0, 0.0))
+
+
+def model_of(*kinds: str) -> dict[str, launched.Case]:
+    """Two dtypes, several kinds, a stack, a bias, ties, and a last tensor; as few tiles as that can have."""
+    steps = 192 * torch.finfo(BF16).eps
+    ties = torch.arange(128, 256).view(8, 16).to(BF16)
+    bias = torch.linspace(-1, 1, 7).bfloat16()
+    made = {
+        "tall": launched.case(17, 16, seed=1),
+        "stack": launched.case(2, 5, 8, seed=2),
+        "full": launched.case(8, 16, dtype=F32, seed=3),
+        "half": launched.case(7, 9, dtype=F16, seed=4, size=1.0),
+        "ties": (ties, WeightedSum((LowRank(torch.ones(8, 1), torch.ones(1, 16), steps),))),
+        "bias": (bias, WeightedSum((), (Dense(torch.full((7,), 0.25), 0.3),))),
+        "last": launched.case(9, 40, seed=6),
+    }
+    return {kind: made[kind] for kind in kinds or made}
+
+
+def copied(cases: dict[str, launched.Case]) -> dict[str, torch.Tensor]:
+    return {name: W.clone() for name, (W, _) in cases.items()}
+
+
+def unchanged(cases: dict[str, launched.Case], before: dict[str, torch.Tensor]) -> bool:
+    return all(launched.same(W, before[name]) for name, (W, _) in cases.items())
+
+
+def merged(cases: dict[str, launched.Case]) -> list[applying.Editing]:
+    edits = launched.edits(cases)
+    return merging.merge(edits, 1, merging.Ahead(edits))
+
+
+def check(cases: dict[str, launched.Case]) -> None:
+    before = copied(cases)
+    editings = merged(cases)
+    with by_torch():
+        for name, (W, edit) in cases.items():
+            assert launched.same(W, edit.apply(before[name])), name
+    merging.unmerge(editings, 1)
+    assert unchanged(cases, before)
+
+
+# ---- bytes ----
+
+
+@pytest.mark.parametrize("dtype", ["BF16"])
+def test_the_bytes_of_a_merge_on_disk(
+    registry: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    base = tiny.write_model(tmp_path / "base", tiny.model(dtype=dtype, rows=6, cols=16))
+    registry.add_base(base, "base")
+    for seed, name in enumerate(("sql", "humor"), 1):
+        adapter = tiny.write_adapter(tmp_path / name, tiny.adapter(seed, rank=seed + 1, rows=6, cols=16))
+        registry.push(adapter, base="base", name=name)
+    model = module_of(tiny.tensors_in(base))
+    with by_torch():
+        registry.merge("0.3*sql - 2*humor", tmp_path / "out", verify="none")
+    expected, before = bytes_of(module_of(tiny.tensors_in(tmp_path / "out"))), bytes_of(model)
+    launches, tiles = list[int](), list[str]()
+    start, apply = gpu._Group.begin, applying.Editing.apply
+    monkeypatch.setattr(gpu._Group, "begin", lambda group: (launches.append(len(group.jobs)), start(group))[1])
+    monkeypatch.setattr(applying.Editing, "apply", lambda self, space: (tiles.append(""), apply(self, space))[1])
+    ready = prepare(model, "0.3*sql - 2*humor", registry)
+    assert not launches
+    first = ready.apply()
+    assert bytes_of(model).items() <= expected.items() and bytes_of(model) != before
+    assert set(launches) == {2}, "both weights in one launch"
+    assert not tiles and first.undo_bytes > 0
+    serving.unmerge_(model, first)
+    assert bytes_of(model) == before
+    second = ready.apply()
+    del ready
+    gc.collect()
+    serving.unmerge_(model, second)  # without what was prepared ahead
+    assert bytes_of(model) == before
+
+
+def test_all_kinds_of_tensors() -> None:
+    check(model_of())
+
+
+@pytest.mark.usefixtures("little_room")
+def test_lists_without_room() -> None:
+    check(model_of())
+
+
+def test_what_was_changed_since_is_known(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """Though torch does not see what a kernel does. A merge that is refused is no change."""
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    before = bytes_of(model)
+    first = serving.merge_(model, "sql", pushed)
+    second = serving.merge_(model, "humor", pushed, check="none")
+    with pytest.raises(Conflict):
+        serving.unmerge_(model, first)
+    serving.unmerge_(model, second)
+    with failing(BadInput, {2}), pytest.raises(BadInput):
+        serving.merge_(model, "humor", pushed, check="none")
+    serving.unmerge_(model, first)
+    assert bytes_of(model) == before
+
+
+# ---- all or nothing ----
+
+
+def refused(cases: dict[str, launched.Case], error: type[BaseException] = BadInput, match: str = "'last'") -> None:
+    before = copied(cases)
+    with pytest.raises(error, match=match):
+        merged(cases)
+    assert unchanged(cases, before)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{(8, 39): NAN}, {(0, 0): -INF, (3, 7): NAN, (3, 8): INF}, {(i, j): NAN for i in range(9) for j in range(40)}],
+    ids=["one", "several", "all"],
+)
+@pytest.mark.usefixtures("little_room")
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_no_number_in_the_last_tensor(values: dict[tuple[int, int], float]) -> None:
+    cases = model_of("full", "ties", "last")
+    W = cases["last"][0]
+    for place, value in values.items():
+        W[place] = value
+    bits(W)[2, 2] = 0x7F81 if len(values) > 5 else 0  # a NaN of other bits
+    refused(cases)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_an_overflow_in_the_last_tensor(dtype: torch.dtype) -> None:
+    """Of the sum, beside a delta that alone is beyond what the dtype has, and one that W's neighbour takes back."""
+    top = torch.finfo(dtype).max
+    W = torch.linspace(-1, 1, 9 * 40).view(9, 40).to(dtype)
+    W[2, 5], W[2, 6], W[2, 7] = top, -top, -0.0
+    left, right = torch.zeros(9, 2), torch.zeros(2, 40)
+    left[2, 0], right[0, 5:7], left[:, 1], right[1] = 1, 1.9, 2.0**-10, 1
+    edit = WeightedSum((LowRank(left.double(), right.double(), top / 2), LowRank(left[:, 1:], right[1:], 0.5)))
+    cases = model_of("tall") | {"last": (W, edit)}
+    refused(cases, match=r"'last': element \[2, \d\] exceeds")
+
+
+def test_an_error_in_a_stack_and_in_what_is_not_launched() -> None:
+    cases = model_of("tall", "stack")
+    cases["stack"][0][1, 4, 7] = NAN
+    refused(cases, match="'stack'")
+    cases = model_of("tall", "bias")
+    cases["bias"][0][6] = INF
+    refused(cases, match="'bias'")
+
+
+EVERY = 13
+STEPS: list[tuple[Any, str]] = [
+    (Prepared, "forth"), (Prepared, "back"), (Lists, "opened"), (Lists, "undone"), (Lists, "listed"),
+    (Lists, "overflowed"), (gpu._Group, "_merge"), (gpu._Group, "_settle"), (gpu._Group, "start"),
+    (launching, "_sent"), (launching, "_decide"), (launching, "_corrected"), (launching, "_spreads"),
+    (launching, "_joined"),
+]  # fmt: skip
+
+
+@contextmanager
+def failing(error: type[BaseException], at: set[int]) -> Iterator[list[int]]:
+    """Raises at these of all steps, before and after which anything may fail: counted from 0."""
+    count = [0]
+
+    def wrapped(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            now, count[0] = count[0], count[0] + 1
+            if now in at:
+                raise error
+            return step(*given, **named)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in STEPS:
+            patch.setattr(owner, name, wrapped(getattr(owner, name)))
+        yield count
+
+
+@pytest.mark.parametrize(("error", "second"), [(KeyboardInterrupt, 3), (MemoryError, 0)])
+@pytest.mark.usefixtures("little_room")
+def test_an_error_at_some_steps_of_a_merge(error: type[BaseException], second: int) -> None:
+    """And at one of the way back. EVERY = 1 takes a minute."""
+    with failing(error, set()) as steps:
+        merged(model_of("ties", "full"))
+    assert steps[0] > 30
+    for step in range(2 if second else 0, steps[0], EVERY):
+        cases = model_of("ties", "full")
+        before = copied(cases)
+        with failing(error, {step, step + second}), pytest.raises(error):
+            merged(cases)
+        assert unchanged(cases, before), step
+
+
+@pytest.mark.usefixtures("little_room")
+def test_an_error_at_some_steps_of_an_unmerge() -> None:
+    """It goes on where it is called again, also if that is interrupted."""
+    cases = model_of("ties", "full")
+    before = copied(cases)
+    editings = merged(cases)
+    with failing(MemoryError, set()) as steps:
+        merging.unmerge(editings, 1)
+    assert unchanged(cases, before) and steps[0] > 12
+    for step in range(0, steps[0], EVERY):
+        editings = merged(cases)
+        for at in (step, step // 2):
+            with failing(MemoryError, {at}), pytest.raises(MemoryError):
+                merging.unmerge(editings, 1)
+        merging.unmerge(editings, 1)
+        assert unchanged(cases, before), step
+
+
+def test_an_unmerge_that_had_corrected_a_tensor_does_not_compute_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose elements were decided exactly, and then corrected."""
+    cases = model_of("full", "ties")
+    before = copied(cases)
+    editings, add, done = merged(cases), Corrections.add_to, list[torch.dtype]()
+
+    def add_to(self: Corrections, predicted: torch.Tensor) -> None:
+        done.append(predicted.dtype)
+        if len(done) == 2:
+            raise MemoryError
+        add(self, predicted)
+
+    monkeypatch.setattr(Corrections, "add_to", add_to)
+    with pytest.raises(MemoryError):
+        merging.unmerge(editings, 1)
+    merging.unmerge(editings, 1)
+    assert done == [BF16, F32, F32]
+    assert unchanged(cases, before)
+
+
+def test_an_unmerge_that_was_interrupted_does_not_go_on_elsewhere() -> None:
+    cases = model_of("ties", "full")
+    editings = merged(cases)
+    with failing(MemoryError, {3}), pytest.raises(MemoryError):
+        merging.unmerge(editings, 1)
+    W = cases["full"][0]
+    W.data = W.clone()
+    with pytest.raises(Conflict, match="'full' was moved"):
+        merging.unmerge(editings, 1)
