@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import random
-import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,37 +74,6 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[loreg.Regist
     with loreg.open(root / "home") as registry:
         registry.push(tiny.write_adapter(root / "sql", {f"layers.{i}": factors for i in range(4)}), base=base)
         yield registry, root
-
-
-def test_a_killed_merge_leaves_nothing_under_its_name_and_can_be_run_again(
-    big: tuple[loreg.Registry, Path], tmp_path: Path
-) -> None:
-    registry, _ = big
-    registry.merge("sql", tmp_path / "first")  # with all imports that are still to come
-    began = time.monotonic()
-    expected = registry.merge("sql", tmp_path / "expected").weights_root
-    seconds = time.monotonic() - began
-    chance, out = random.Random(7), tmp_path / "out"
-    seen: Counter[str] = Counter()
-    while sum(seen.values()) < 24:
-        merging = Merging(registry, "sql", out)
-        # Spread over the whole merge, however fast the machine is just now.
-        time.sleep(chance.random() * seconds)
-        merging.process.kill()
-        merging.process.join()
-        if out.exists():  # the rename came first: then it is whole
-            seen["whole"] += 1
-            assert registry.verify(out).ok
-            assert leftovers(tmp_path) == []
-            shutil.rmtree(out)
-        else:
-            seen["partial" if leftovers(tmp_path) else "early"] += 1
-            assert len(leftovers(tmp_path)) <= 1  # found again and used, not piled up
-    assert seen["partial"] >= 5, seen
-    again = registry.merge("sql", out)
-    assert again.weights_root == expected
-    assert registry.verify(out).ok
-    assert leftovers(tmp_path) == []
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(big: tuple[loreg.Registry, Path], tmp_path: Path) -> None:
