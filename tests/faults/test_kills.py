@@ -94,7 +94,7 @@ class World:
 
 def _base(root: Path) -> tuple[Path, dict[str, tiny.Factors]]:
     rng = np.random.default_rng(0)
-    words = rng.integers(0x3C00, 0x3F80, (512, 512), dtype=np.uint16)
+    words = rng.integers(0x3C00, 0x3F80, (256, 512), dtype=np.uint16)
     model = {f"layers.{i}.weight": tiny.Tensor("BF16", words.shape, np.roll(words, i).tobytes()) for i in range(12)}
     names = list(model)
     factors = tiny.factors(rng, *words.shape, 4, std=0.02)
