@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from places import small_disk
 
 import loreg
 from loreg.errors import BadInput, CheckFailed, Conflict
@@ -240,16 +240,7 @@ def test_short_reads_and_writes_are_continued(
 
 
 def test_a_file_system_that_is_full(pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount(8) here")
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "size=8m") as disk:
         with pytest.raises(CheckFailed, match="bytes free, and the merge writes"):
             pushed.merge("sql", disk / "out")
         assert list(disk.iterdir()) == []
@@ -266,8 +257,6 @@ def test_a_file_system_that_is_full(pushed: loreg.Registry, tmp_path: Path, monk
             assert [path.name for path in disk.iterdir()] == ["others"]
         (disk / "others").unlink()
         pushed.merge("humor", disk / "out")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("name", ["pwrite", "ftruncate", "copy_file_range", "fsync", "preadv", "rename"])
