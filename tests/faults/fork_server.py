@@ -147,11 +147,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             os._exit(0)
     os.close(theirs)
-    begun, after = os.read(ours, len(BEGUN)), job.get("after")
-    if begun and after is not None and not select.select([ours], [], [], after)[0]:
+    first, after = os.read(ours, len(BEGUN)), job.get("after")
+    if first == BEGUN and after is not None and not select.select([ours], [], [], after)[0]:
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(ours) as file:
-        told = file.read()
+        told = (first.decode() + file.read()).strip()
     _, status = os.waitpid(pid, 0)
     killed = os.WIFSIGNALED(status)
     found = json.loads(told) if told and not killed else {}

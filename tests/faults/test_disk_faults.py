@@ -107,7 +107,7 @@ def test_every_call_refused(disk: Disk, verb: str) -> None:
                 wrong.append((problem, answer, call, told.get("error"), told.get("said"), told["place"]))
     print(verb, dict(counts))
     assert not wrong, wrong[:5]
-    assert counts["full, refused"] >= 16 // EACH and counts["failing, refused"] >= 24 // EACH, counts
+    assert counts["full, refused"] >= 48 // EACH and counts["failing, refused"] >= 64 // EACH, counts
 
 
 def _problem(told: dict[str, Any], plain: dict[str, Any], code: int, left: set[str]) -> str | None:
