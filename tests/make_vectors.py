@@ -19,6 +19,7 @@ from vector_cases import (
     form_cases,
     journals,
     manifest_forms,
+    merges,
     method_cases,
     recipe_cases,
 )
@@ -46,6 +47,7 @@ KINDS: dict[str, Callable[[], list[Vector]]] = {
     "forms": form_cases.forms,
     "methods": method_cases.methods,
     "journals": journals.journals,
+    "merges": merges.merges,
 }
 
 

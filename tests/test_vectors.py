@@ -14,6 +14,7 @@ import make_vectors
 import pytest
 import safetensors
 import vector_documents
+import vector_merges
 import vector_sums
 
 from loreg.errors import BadInput, LoregError, UsageError
@@ -40,6 +41,7 @@ RUN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "forms": vector_sums.run_forms,
     "methods": vector_sums.run_methods,
     "journals": vector_sums.run_journals,
+    "merges": vector_merges.run_merges,
 }
 
 

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -25,13 +26,17 @@ import loreg
 import loreg.catalog
 import loreg.merge.output
 import loreg.merge.resources
+import loreg.merge.undo
 import loreg.registry.merging
 from loreg.errors import LoregError
+from loreg.staging import staged
 
 CALLS = (
     "open,read,write,pread,pwrite,preadv,copy_file_range,sendfile,fsync,fdatasync,ftruncate,rename,mkdir,rmdir,"
     "unlink,mmap"
 )
+BEGUN = b"\n"
+"""What a fork says first: all is looked up, and what it writes begins."""
 MODES = {"count": 0, "fail": 1, "half": 2, "kill before": 3, "kill after": 4}
 
 
@@ -95,6 +100,21 @@ def spoiled(registry: loreg.Registry, job: dict[str, Any], shim: dict[str, Any])
     return {**told, "calls": calls, "place": names, "bytes": hasher.hexdigest(), "open": kept}
 
 
+def announcing(pipe: int) -> list[float]:
+    """Has the first directory that is made for an output said through the pipe; the instants of all, once there."""
+    began: list[float] = []
+
+    def announced(*given: Any, **options: Any) -> Any:
+        if not began:
+            os.write(pipe, BEGUN)
+        began.append(time.monotonic())
+        return staged(*given, **options)
+
+    loreg.merge.output.staged = announced
+    loreg.merge.undo.staged = announced
+    return began
+
+
 def child(job: dict[str, Any], pipe: int) -> None:
     before = set(sys.modules)
     told: dict[str, Any]
@@ -105,7 +125,9 @@ def child(job: dict[str, Any], pipe: int) -> None:
         if "runs" in job:
             told = {"runs": [spoiled(registry, job, shim) for shim in job["runs"]]}
         else:
+            began = announcing(pipe)
             told = outcome(registry, job)
+            told["seconds"] = time.monotonic() - began[0] if began else 0
     if "shim" in job:
         told["calls"] = shim.seen()
     if "modules" in job:
@@ -115,9 +137,8 @@ def child(job: dict[str, Any], pipe: int) -> None:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """``after``: seconds until it is killed, unless it has ended."""
+    """``after``: seconds from its first directory until it is killed, unless it has ended."""
     ours, theirs = os.pipe()
-    began = time.monotonic()
     pid = os.fork()
     if not pid:
         try:
@@ -126,15 +147,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             os._exit(0)
     os.close(theirs)
-    if job.get("after") is not None:
-        time.sleep(max(0.0, began + job["after"] - time.monotonic()))
+    first, after = os.read(ours, len(BEGUN)), job.get("after")
+    if first == BEGUN and after is not None and not select.select([ours], [], [], after)[0]:
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(ours) as file:
-        told = file.read()
+        told = (first.decode() + file.read()).strip()
     _, status = os.waitpid(pid, 0)
     killed = os.WIFSIGNALED(status)
     found = json.loads(told) if told and not killed else {}
-    return {"killed": killed, "signal": os.WTERMSIG(status), "seconds": time.monotonic() - began, **found}
+    return {"killed": killed, "signal": os.WTERMSIG(status), **found}
 
 
 def main() -> None:

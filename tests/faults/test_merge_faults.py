@@ -5,13 +5,9 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import random
-import shutil
 import signal
-import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from places import small_disk
 
 import loreg
 from loreg.errors import BadInput, CheckFailed, Conflict
@@ -77,37 +74,6 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[loreg.Regist
     with loreg.open(root / "home") as registry:
         registry.push(tiny.write_adapter(root / "sql", {f"layers.{i}": factors for i in range(4)}), base=base)
         yield registry, root
-
-
-def test_a_killed_merge_leaves_nothing_under_its_name_and_can_be_run_again(
-    big: tuple[loreg.Registry, Path], tmp_path: Path
-) -> None:
-    registry, _ = big
-    registry.merge("sql", tmp_path / "first")  # with all imports that are still to come
-    began = time.monotonic()
-    expected = registry.merge("sql", tmp_path / "expected").weights_root
-    seconds = time.monotonic() - began
-    chance, out = random.Random(7), tmp_path / "out"
-    seen: Counter[str] = Counter()
-    while sum(seen.values()) < 24:
-        merging = Merging(registry, "sql", out)
-        # Spread over the whole merge, however fast the machine is just now.
-        time.sleep(chance.random() * seconds)
-        merging.process.kill()
-        merging.process.join()
-        if out.exists():  # the rename came first: then it is whole
-            seen["whole"] += 1
-            assert registry.verify(out).ok
-            assert leftovers(tmp_path) == []
-            shutil.rmtree(out)
-        else:
-            seen["partial" if leftovers(tmp_path) else "early"] += 1
-            assert len(leftovers(tmp_path)) <= 1  # found again and used, not piled up
-    assert seen["partial"] >= 5, seen
-    again = registry.merge("sql", out)
-    assert again.weights_root == expected
-    assert registry.verify(out).ok
-    assert leftovers(tmp_path) == []
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(big: tuple[loreg.Registry, Path], tmp_path: Path) -> None:
@@ -274,16 +240,7 @@ def test_short_reads_and_writes_are_continued(
 
 
 def test_a_file_system_that_is_full(pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount(8) here")
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "size=8m") as disk:
         with pytest.raises(CheckFailed, match="bytes free, and the merge writes"):
             pushed.merge("sql", disk / "out")
         assert list(disk.iterdir()) == []
@@ -300,8 +257,6 @@ def test_a_file_system_that_is_full(pushed: loreg.Registry, tmp_path: Path, monk
             assert [path.name for path in disk.iterdir()] == ["others"]
         (disk / "others").unlink()
         pushed.merge("humor", disk / "out")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("name", ["pwrite", "ftruncate", "copy_file_range", "fsync", "preadv", "rename"])

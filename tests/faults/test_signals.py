@@ -18,9 +18,9 @@ import loreg
 
 @pytest.fixture
 def large(registry: loreg.Registry, tmp_path: Path) -> loreg.Registry:
-    """A base of 24 MB in three shards, every tensor of which is touched: time enough to be met."""
+    """A base of 6 MB in three shards, every tensor of which is touched: time enough to be met."""
     rng = np.random.default_rng(0)
-    words = rng.integers(0x3C00, 0x3F80, (1024, 1024), dtype=np.uint16)
+    words = rng.integers(0x3C00, 0x3F80, (512, 512), dtype=np.uint16)
     model = {f"layers.{i}.weight": tiny.Tensor("BF16", words.shape, words.tobytes()) for i in range(12)}
     names = sorted(model)
     base = tiny.write_model(tmp_path / "base", model, shards=[names[part::3] for part in range(3)])

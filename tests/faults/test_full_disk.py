@@ -1,0 +1,56 @@
+"""The real command line on a disk that has no room: an exit code, the reason, and nothing under the output's name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from places import small_disk
+
+import loreg
+from loreg.errors import CheckFailed
+
+
+@pytest.fixture
+def merged(registry: loreg.Registry, tmp_path: Path) -> Path:
+    """A merged model of 12 MB in three shards, with its journal; its base and its adapter are registered."""
+    words = np.random.default_rng(0).integers(0x3C00, 0x3F80, (1024, 1024), dtype=np.uint16)
+    model = {f"layers.{i}.weight": tiny.Tensor("BF16", words.shape, words.tobytes()) for i in range(6)}
+    names = sorted(model)
+    base = tiny.write_model(tmp_path / "base", model, shards=[names[part::3] for part in range(3)])
+    factors = tiny.factors(np.random.default_rng(1), *words.shape, 4, std=0.01)
+    registry.push(tiny.write_adapter(tmp_path / "sql", {"layers.0": factors}), base=base, name="sql")
+    return registry.merge("sql", tmp_path / "merged", undo=True, verify="none").out
+
+
+def _said(registry: loreg.Registry, *words: object) -> str:
+    """What a command says that fails as a disk makes it fail."""
+    command = [sys.executable, "-m", "loreg.cli", *map(str, words), "--home", str(registry.home)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == CheckFailed.exit_code, done
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    return " ".join(done.stderr.split())
+
+
+def test_merge(registry: loreg.Registry, merged: Path, tmp_path: Path) -> None:
+    """Where it cannot fit, before anything is written; where room for another file ends, after two."""
+    with small_disk(tmp_path / "small", "size=8m") as disk:
+        said = _said(registry, "merge", "--apply", "sql", "--out", disk / "out", "--undo")
+        assert "bytes free, and the merge writes" in said and list(disk.iterdir()) == []
+    # Itself, the directory, two shards: the third is one too many, and no look at the free bytes foresees it.
+    with small_disk(tmp_path / "few", "size=64m,nr_inodes=4") as disk:
+        said = _said(registry, "merge", "--apply", "sql", "--out", disk / "out", "--undo")
+        assert "No space left on device" in said and list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["--journal", "--base"])
+def test_unmerge(registry: loreg.Registry, merged: Path, tmp_path: Path, way: str) -> None:
+    """In the middle of a shard."""
+    with small_disk(tmp_path / "small", "size=8m") as disk:
+        given = [way] if way == "--journal" else [way, tmp_path / "base"]
+        said = _said(registry, "unmerge", merged, "--out", disk / "out", *given)
+        assert "No space left on device" in said and list(disk.iterdir()) == []
