@@ -100,12 +100,12 @@ class Ready:
         """Edit the parameters, as they are now; as often as what is returned is undone."""
         tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
         before = {name: _state(tensor) for name, tensor in tensors.items()}
-        try:
-            done = merging.merge(self.edits, self.threads, self.ahead)
-        except BaseException:
+
+        def restored() -> None:
             for name, tensor in tensors.items():
                 _same_as(tensor, before[name])  # so that an earlier merge can still be taken back
-            raise
+
+        done = merging.merge(self.edits, self.threads, self.ahead, restored)
         return Merged(self.expression, tuple(done), tensors, before, self.threads)
 
 

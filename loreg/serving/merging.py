@@ -142,8 +142,12 @@ def _count_changes(editings: Sequence[Editing]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def merge(edits: Sequence[Edit], threads: int | None, ahead: Ahead) -> list[Editing]:
-    """All of them, or none: whatever is raised, every element is then what it was."""
+def merge(edits: Sequence[Edit], threads: int | None, ahead: Ahead, restored: Callable[[], None]) -> list[Editing]:
+    """All of them, or none: whatever is raised, every element is then what it was, and ``restored`` was called.
+
+    Unless the way back fails as well, of which the error is then: what can be known of the weights is that they were
+    changed.
+    """
     editings = [Editing(edit, weakref.ref(ahead)) for edit in edits]
     space = Space()
     try:
@@ -158,6 +162,7 @@ def merge(edits: Sequence[Edit], threads: int | None, ahead: Ahead) -> list[Edit
                 break
             except KeyboardInterrupt:  # a second one: half a model would be of no use to anybody
                 continue
+        restored()
         raise
     return editings
 

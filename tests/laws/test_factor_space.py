@@ -376,7 +376,8 @@ def test_no_matrix_of_the_weights_size_is_formed(case: str) -> None:
     given = adapters(34, (2, 2, 2), rows=600, columns=500)
     with largest_tensor() as largest:
         METHODS[CASES[case][0]](given, CASES[case][1])
-        assert 0 < largest() <= 2**16  # the histogram of a selection; factors are smaller
+        assert largest() <= 2**16  # the histogram of a selection; factors are smaller
+        assert largest() > 0 or case == "cat", "which only puts terms side by side"
     with largest_tensor() as largest:
         given[0][1][0].dense()
         assert largest() == 600 * 500  # one would be seen

@@ -325,6 +325,30 @@ def test_an_interrupt_leaves_nothing_even_a_second_one(
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_a_way_back_that_fails_is_not_taken_for_one(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example for want of memory, twice: an earlier merge is then not taken back as if nothing had happened."""
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    merged = serving.merge_(model, "sql", pushed)
+    tile, calls = Prepared.tile, 0
+
+    def failing(self: Prepared, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= 4:
+            raise MemoryError
+        return tile(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prepared, "tile", failing)
+        with pytest.raises(MemoryError):
+            serving.merge_(model, "humor", pushed, check="none", threads=1)
+    with pytest.raises(Conflict, match="was changed since"):
+        serving.unmerge_(model, merged)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_an_interrupted_unmerge_goes_on(
     pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
