@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ import loreg
 
 @pytest.fixture
 def large(registry: loreg.Registry, tmp_path: Path) -> loreg.Registry:
-    """A base of 6 MB in three shards, every tensor of which is touched: time enough to be met."""
+    """A base of 25 MB in three shards, every tensor of which is touched: time enough to be met."""
     rng = np.random.default_rng(0)
-    words = rng.integers(0x3C00, 0x3F80, (512, 512), dtype=np.uint16)
+    words = rng.integers(0x3C00, 0x3F80, (1024, 1024), dtype=np.uint16)
     model = {f"layers.{i}.weight": tiny.Tensor("BF16", words.shape, words.tobytes()) for i in range(12)}
     names = sorted(model)
     base = tiny.write_model(tmp_path / "base", model, shards=[names[part::3] for part in range(3)])
@@ -31,7 +32,10 @@ def large(registry: loreg.Registry, tmp_path: Path) -> loreg.Registry:
 
 def _merge(registry: loreg.Registry, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "loreg.cli", "merge", "--apply", "sql", "--out", str(out), "--undo"]
-    return subprocess.Popen([*command, "--home", str(registry.home)], stdout=-1, stderr=-1, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the suite runs in the background
+    return subprocess.Popen(
+        [*command, "--home", str(registry.home)], stdout=-1, stderr=-1, text=True, preexec_fn=heard
+    )
 
 
 def test_interrupted_and_terminated(large: loreg.Registry, tmp_path: Path) -> None:
