@@ -142,7 +142,9 @@ def _count_changes(editings: Sequence[Editing]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def merge(edits: Sequence[Edit], threads: int | None, ahead: Ahead, restored: Callable[[], None]) -> list[Editing]:
+def merge(
+    edits: Sequence[Edit], threads: int | None, ahead: Ahead, restored: Callable[[], None] = lambda: None
+) -> list[Editing]:
     """All of them, or none: whatever is raised, every element is then what it was, and ``restored`` was called.
 
     Unless the way back fails as well, of which the error is then: what can be known of the weights is that they were
