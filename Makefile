@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= logical
 INSTALLED := .venv/.installed
 
 .PHONY: demo test lint types bench clean
@@ -12,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -74,6 +74,10 @@ def make_base(out: Path) -> bool:
         convert(gguf, temporary)
         temporary.chmod(0o755)  # mkdtemp's 0700 is for secrets; this is a public model
         temporary.rename(out)
+    except OSError:
+        if not out.exists():
+            raise
+        return False  # somebody else was faster
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return True

@@ -13,9 +13,19 @@ if TYPE_CHECKING:
     from loreg.algebra.delta import LowRank
     from loreg.digest import Digest
     from loreg.errors import LoregError
-    from loreg.registry import Registry, Version, open  # noqa: A004 - loreg.open() is the contract
+    from loreg.registry import Registry, Version, copy_store, open, rebuild_catalog  # noqa: A004 - the contract
 
-__all__ = ["Digest", "LoregError", "LowRank", "Registry", "Version", "__version__", "open"]
+__all__ = [
+    "Digest",
+    "LoregError",
+    "LowRank",
+    "Registry",
+    "Version",
+    "__version__",
+    "copy_store",
+    "open",
+    "rebuild_catalog",
+]
 
 _HOMES = {
     "Digest": "loreg.digest",
@@ -23,7 +33,9 @@ _HOMES = {
     "LowRank": "loreg.algebra.delta",
     "Registry": "loreg.registry",
     "Version": "loreg.registry",
+    "copy_store": "loreg.registry",
     "open": "loreg.registry",
+    "rebuild_catalog": "loreg.registry",
 }
 
 

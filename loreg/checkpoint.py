@@ -6,6 +6,7 @@ have to be unpickled is refused.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loreg.digest import Digest, Hasher
-from loreg.errors import BadInput, NotFound
+from loreg.errors import BadInput, CheckFailed, NotFound
 from loreg.format import canonical_json
 from loreg.format.base import BaseManifest
 from loreg.format.fingerprint import BaseTensor
@@ -282,10 +283,15 @@ def read_whole(path: Path) -> bytes:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """BadInput, naming ``path``, for what the disk says in the block."""
+    """BadInput, naming ``path``, for what the disk says in the block; CheckFailed where too many files are open."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise CheckFailed(
+                f"{path} cannot be read: {error.strerror}; raise the limit, as with `ulimit -n 4096`, or do less "
+                "at once."
+            ) from error
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
 
 

@@ -29,10 +29,14 @@ def staged(out: Path, identity: Digest, *, wait: bool = False, resume: bool = Fa
 
 
 def require_free(out: Path) -> None:
-    """Conflict unless ``out`` can become a new directory."""
+    """Conflict unless ``out`` can become a new directory; CheckFailed for what the disk says."""
     if out.resolve() == Path.cwd():
         raise Conflict(f"{out or '.'} is the directory that this runs in: choose a new one.")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    try:
+        taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    except OSError as error:
+        raise CheckFailed(f"{out} cannot be looked at: {error.strerror or error}; check the disk.") from error
+    if taken:
         raise Conflict(f"{out} exists and is not an empty directory: choose another, or remove it first.")
 
 

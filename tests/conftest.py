@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,50 @@ import pytest
 
 # Before torch is loaded: tiny tensors gain nothing from a second thread, and wait for it where cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A job in the background ignores Ctrl-C, and so would the commands that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))
 
+import options
+import s3_server
 import tiny
 from hub_server import hub
 
 import loreg
 
 __all__ = ["hub"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("loreg")
+    group.addoption(
+        "--nightly",
+        action="store_true",
+        help="Try ten times as many cases, and all of them where else a sample is taken: every call to a disk is "
+        "spoiled. Takes hours; every timeout is ten times as long.",
+    )
+    group.addoption(
+        "--need-servers",
+        action="store_true",
+        help="Fail where PostgreSQL or an S3 server cannot be had, rather than skip what needs it.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any module of tests is imported, in the workers of xdist too: counts are read then.
+    options.nightly, options.need_servers = config.getoption("--nightly"), config.getoption("--need-servers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items if options.nightly else ():
+        own = item.get_closest_marker("timeout")
+        usual = float(own.args[0] if own else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(10 * usual), append=False)
+
+
+def pytest_unconfigure() -> None:
+    s3_server.stop_all()
 
 
 @pytest.fixture(scope="session")

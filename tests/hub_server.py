@@ -125,6 +125,7 @@ class HubServer:
         here = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",  # another test of this process may have gone offline
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
@@ -474,7 +475,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
     home = tmp_path / "hf-home"
     with HubServer() as server:
-        for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_CACHE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in server.environment(home).items():
             monkeypatch.setenv(name, value)

@@ -13,13 +13,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from loreg.checkpoint import read_range
+from loreg.checkpoint import FileStamp, open_binary, read_exactly, read_range
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, Unsupported
 from loreg.format import forms
 from loreg.format.fingerprint import BaseTensor
-from loreg.format.safetensors import nbytes_of
+from loreg.format.safetensors import BITS, Header, read_header
 from loreg.layers import Config
+
+IN_MEMORY = 16 << 20
+"""Bytes of data up to which a file is read once. A push looks at every tensor four times, and there opening a file of
+hundreds of small ones for each takes longer than all hashing."""
 
 # The exponent bits of each dtype that a factor may have: all ones means NaN or infinity.
 _EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
@@ -32,7 +36,7 @@ _EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor as it was saved: ``key`` is its name there. Its bytes are in memory, or in a file at ``offset``."""
+    """A tensor as it was saved: ``key`` is its name there. Its bytes are in memory, or in a file, from ``offset``."""
 
     key: str
     dtype: str
@@ -42,12 +46,12 @@ class RawTensor:
 
     @property
     def nbytes(self) -> int:
-        return nbytes_of(self.dtype, self.shape)
+        return prod(self.shape) * BITS[self.dtype] // 8
 
     def chunks(self) -> Iterator[memoryview]:
         """Its raw bytes, in pieces; each is valid until the next is asked for."""
         if isinstance(self.data, bytes):
-            yield memoryview(self.data)
+            yield memoryview(self.data)[self.offset : self.offset + self.nbytes]
         else:
             yield from read_range(self.data, self.offset, self.nbytes)
 
@@ -138,11 +142,29 @@ class DraftModule:
 
 @dataclass(frozen=True, slots=True)
 class DraftFile:
-    """A file of what was pushed. ``header``: how many bytes precede ``tensors``; None for a plain file."""
+    """A file of what was pushed. ``header``: the bytes before ``tensors``; None for one that is not looked into."""
 
     path: Path
     tensors: tuple[RawTensor, ...] = ()
-    header: int | None = None
+    header: bytes | None = None
+
+
+def read_tensors(path: Path) -> tuple[Header, tuple[RawTensor, ...]]:
+    """What a safetensors file says of itself, and its tensors; those of a small one are in memory then.
+
+    Raises NotFound, BadInput.
+    """
+    size = FileStamp.of(path).size
+    with open_binary(path) as file:
+        header = read_header(file, size, what=str(path))
+        data: bytes | Path = path
+        start = header.data_start
+        if size - start <= IN_MEMORY:
+            whole = bytearray(size - start)
+            read_exactly(file.fileno(), memoryview(whole), start, path)
+            data, start = bytes(whole), 0
+    tensors = (RawTensor(info.name, info.dtype, info.shape, data, start + info.start) for info in header.tensors)
+    return header, tuple(tensors)
 
 
 Locate: TypeAlias = "Callable[[Draft, Mapping[str, BaseTensor], Config], Draft]"

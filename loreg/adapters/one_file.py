@@ -8,11 +8,9 @@ from math import isfinite, prod
 from pathlib import Path
 from struct import unpack
 
-from loreg.adapters.draft import DraftFile, RawTensor
+from loreg.adapters.draft import DraftFile, RawTensor, read_tensors
 from loreg.adapters.peft.directory import license_of, side_files
-from loreg.checkpoint import FileStamp, open_binary
 from loreg.errors import BadInput, NotFound, Unsupported
-from loreg.format.safetensors import read_header
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -21,11 +19,11 @@ _NUMBERS = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i", "I1
 
 @dataclass(frozen=True, slots=True)
 class OneFile:
-    """``tensors`` by key; ``header``: how many bytes precede them in the file, None if that has no such order."""
+    """``tensors`` by key; ``header``: the bytes before them in the file, None if that has no such order."""
 
     path: Path
     tensors: Mapping[str, RawTensor]
-    header: int | None = None
+    header: bytes | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,12 +68,8 @@ def open_weights(path: Path) -> OneFile:
         from loreg.adapters.pickled import load_tensors
 
         return OneFile(found, {tensor.key: tensor for tensor in load_tensors(found)})
-    size = FileStamp.of(found).size
-    with open_binary(found) as file:
-        header = read_header(file, size, what=str(found))
-    start = header.data_start
-    tensors = {t.name: RawTensor(t.name, t.dtype, t.shape, found, start + t.start) for t in header.tensors}
-    return OneFile(found, tensors, start, header.metadata)
+    header, tensors = read_tensors(found)
+    return OneFile(found, {tensor.key: tensor for tensor in tensors}, header.raw, header.metadata)
 
 
 def beside(path: Path, weights: OneFile) -> Beside:

@@ -198,7 +198,7 @@ class Workspace:
         key = use, dtype, device
         found = self._memory.get(key)
         if found is None or found.numel() < size:
-            found = self._memory[key] = torch.zeros(size, dtype=dtype, device=device)
+            found = self._memory[key] = torch.empty(size, dtype=dtype, device=device)
         return found[:size]
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from loreg.catalog.ledger import note_fact
 from loreg.catalog.models import BaseRow, FileHash
 from loreg.digest import Digest
 from loreg.errors import Conflict
@@ -55,6 +56,8 @@ def add_base(
         row.hub_repo, row.hub_commit, row.hub_files = hub_repo, hub_commit, hub_files
     if path is not None:
         row.path = path
+    if s.is_modified(row) or row in s.new:
+        note_fact(s, "base", name)
     s.flush()
     return row
 

@@ -1,7 +1,7 @@
 """The tables. Column types are named once; the database itself checks digests, names and states.
 
-Every expression here is understood by SQLite and PostgreSQL alike. Migration ``0001`` spells the same
-schema out; a test compares the two.
+Every expression here is understood by SQLite and PostgreSQL alike. The migrations spell the same schema
+out; a test compares the two.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Integer, MetaData, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, MetaData, Text, UniqueConstraint, text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -25,10 +25,14 @@ INT64 = BigInteger().with_variant(Integer(), "sqlite")
 """64 bits everywhere. STRICT tables know no BIGINT, and SQLite's INTEGER has 64 bits anyway."""
 
 
+TEXT = Text().with_variant(Text(collation="C"), "postgresql")
+"""In the order of its bytes everywhere, whatever the database's own collation: prefixes of digests are ranges."""
+
+
 class DigestText(TypeDecorator[Digest]):
     """A digest as ``blake3:<64 hex>``: legible in any tool that opens the catalog."""
 
-    impl = Text
+    impl = TEXT
     cache_ok = True
 
     def process_bind_param(self, value: Digest | None, dialect: Dialect) -> str | None:
@@ -38,6 +42,16 @@ class DigestText(TypeDecorator[Digest]):
         return None if value is None else Digest.parse(value)
 
 
+def microseconds(instant: datetime) -> int:
+    """Whole microseconds since 1970 in UTC."""
+    return (instant - _EPOCH) // timedelta(microseconds=1)
+
+
+def instant(microseconds: int) -> datetime:
+    """The inverse of :func:`microseconds`, exactly."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
 class UtcMicroseconds(TypeDecorator[datetime]):
     """An instant as whole microseconds since 1970 in UTC: exact, ordered, and free of time zones."""
 
@@ -45,10 +59,10 @@ class UtcMicroseconds(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
+        return None if value is None else microseconds(value)
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else _EPOCH + timedelta(microseconds=value)
+        return None if value is None else instant(value)
 
 
 class Unsigned64(TypeDecorator[int]):
@@ -108,6 +122,7 @@ def _positive(*columns: str) -> tuple[CheckConstraint, ...]:
     return tuple(_check(column, f"{column} >= 0") for column in columns)
 
 
+_REMOVED = text("removed_at IS NOT NULL")
 _STRICT: dict[str, Any] = {"sqlite_strict": True}
 
 
@@ -127,7 +142,7 @@ class Model(DeclarativeBase):
         Digest: DigestText(),
         datetime: UtcMicroseconds(),
         int: INT64,
-        str: Text(),
+        str: TEXT,
     }
 
 
@@ -224,7 +239,11 @@ class Adapter(Model):
 
 
 class Version(Model):
-    """One content under one name. The columns beside ``digest`` repeat its manifest, for searching."""
+    """One content under one name. The columns beside ``digest`` repeat its manifest, for searching.
+
+    ``removed_at``: when it was put into the trash, null for those that the catalog shows. From there it can be taken
+    back, until a collector removes the row. The row pins the content either way.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (
@@ -233,6 +252,7 @@ class Version(Model):
         _check("number", "number >= 1"),
         *_digests("base_root"),
         *_positive("rank", "modules", "bytes"),
+        Index(None, "removed_at", sqlite_where=_REMOVED, postgresql_where=_REMOVED),
         _STRICT,
     )
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -240,12 +260,13 @@ class Version(Model):
     number: Mapped[int]
     digest: Mapped[Digest] = mapped_column(ForeignKey("blobs.digest"), index=True)
     base_root: Mapped[Digest] = mapped_column(index=True)
-    base_name: Mapped[str]
+    base_name: Mapped[str] = mapped_column(index=True)
     rank: Mapped[int] = mapped_column(index=True)
     modules: Mapped[int]
     bytes: Mapped[int]
     note: Mapped[str | None]
     created_at: Mapped[datetime]
+    removed_at: Mapped[datetime | None]
 
 
 class Target(Model):
@@ -255,6 +276,17 @@ class Target(Model):
     __table_args__ = (_STRICT,)
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True)
     target: Mapped[str] = mapped_column(primary_key=True, index=True)
+
+
+class Document(Model):
+    """What a version is looked for in; see ``searching.py``, which also keeps an index of it."""
+
+    __tablename__ = "documents"
+    __table_args__ = (_STRICT,)
+    version_id: Mapped[int] = mapped_column(
+        ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    text: Mapped[str]
 
 
 class Tag(Model):
@@ -292,3 +324,28 @@ class FileHash(Model):
     ctime_ns: Mapped[int] = mapped_column(primary_key=True)
     leaves: Mapped[str]
     seen_at: Mapped[datetime]
+
+
+class RegistryRow(Model):
+    """The one row that says which catalog this is, and which store is its own, once it has one: drawn at random."""
+
+    __tablename__ = "registry"
+    __table_args__ = (
+        _check("id", "id = 1"),
+        _check("catalog", hex_check("catalog", 32)),
+        _check("store", hex_check("store", 32)),
+        _STRICT,
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    catalog: Mapped[str]
+    store: Mapped[str | None]
+
+
+class RecordRow(Model):
+    """A record of the ledger: what is not in the store yet, and the last one."""
+
+    __tablename__ = "ledger"
+    __table_args__ = (*_digests("digest"), _check("seq", "seq >= 1"), _STRICT)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[Digest]
+    body: Mapped[str]

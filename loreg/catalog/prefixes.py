@@ -1,29 +1,33 @@
-"""Digests by their first digits, as people type them."""
+"""What queries are asked by: digests by their first digits, as people type them, and many values at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-from sqlalchemy import Text, type_coerce
-from sqlalchemy.orm import InstrumentedAttribute
-
-from loreg.digest import Digest
 from loreg.errors import UsageError
 
 Row = TypeVar("Row")
 
+AT_ONCE = 1000
+"""How many values a statement is given at once: databases bound that."""
 
-def starts_with(column: InstrumentedAttribute[Digest], prefix: str) -> tuple[Any, Any]:
-    """Conditions that an index answers, as LIKE does not. 'g' comes after every hex digit.
+
+def portions(values: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """``AT_ONCE`` at a time."""
+    return (values[start : start + AT_ONCE] for start in range(0, len(values), AT_ONCE))
+
+
+def between(prefix: str) -> tuple[str, str]:
+    """The digests that start so are at least the first and less than the second, which an index answers, as
+    LIKE is not. 'g' comes after every hex digit.
 
     Raises UsageError for anything but lower-case hex digits, with or without ``blake3:``.
     """
     digits = prefix.removeprefix("blake3:")
     if not digits or digits.strip("0123456789abcdef"):
         raise UsageError(f"{prefix!r} is not the start of a digest: expected lower-case hex digits.")
-    text = type_coerce(column, Text)
-    return text >= f"blake3:{digits}", text < f"blake3:{digits}g"
+    return f"blake3:{digits}", f"blake3:{digits}g"
 
 
 def only(prefix: str, what: str, found: Sequence[Row], names: Sequence[str]) -> Row:

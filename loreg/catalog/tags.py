@@ -9,8 +9,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session
 
+from loreg.catalog.ledger import note_fact
 from loreg.catalog.models import Adapter, Tag, TagMove, Version
-from loreg.catalog.versions import VersionRow, find_adapter
+from loreg.catalog.versions import VersionRow, find_adapter, newest_version
 from loreg.digest import Digest
 from loreg.errors import Conflict, UsageError
 from loreg.format.reference import check_tag
@@ -28,7 +29,7 @@ class TagRow:
 
 @dataclass(frozen=True, slots=True)
 class TagMoveRow:
-    """One move of a tag; ``number`` and ``digest`` are None if that version has been removed since."""
+    """One move of a tag; ``number`` and ``digest`` are None if that version is gone since, or it points nowhere."""
 
     name: str
     seq: int
@@ -50,7 +51,8 @@ def move_tag(s: Session, adapter: str, tag: str, version: VersionRow, expected_s
         )
     check_tag(tag)
     adapter_id = find_adapter(s, adapter).id
-    found = tag_seq(s, adapter, tag)
+    current = s.get(Tag, (adapter_id, tag))
+    found = current.seq if current else None
     if expected_seq is None:
         moved = found is None
         last = select(func.max(TagMove.seq)).where(TagMove.adapter_id == adapter_id, TagMove.name == tag)
@@ -72,7 +74,22 @@ def move_tag(s: Session, adapter: str, tag: str, version: VersionRow, expected_s
         )
     s.add(TagMove(adapter_id=adapter_id, name=tag, seq=seq, version_id=version.id, moved_at=now))
     s.flush()
+    note_fact(s, "tag", adapter, tag, seq)
     return seq
+
+
+def follow_newest(s: Session, adapter: str, tag: str, now: datetime) -> None:
+    """Point ``tag`` at the newest version that there is; no tag where there is none."""
+    found = find_adapter(s, adapter)
+    newest = newest_version(s, found)
+    current = s.get(Tag, (found.id, tag))
+    if newest and (current is None or current.version_id != newest.id):
+        move_tag(s, adapter, tag, newest, current.seq if current else None, now)
+    elif not newest and current is not None:
+        s.add(TagMove(adapter_id=found.id, name=tag, seq=current.seq + 1, version_id=None, moved_at=now))
+        note_fact(s, "tag", adapter, tag, current.seq + 1)
+        s.delete(current)
+        s.flush()
 
 
 def tag_seq(s: Session, name: str, tag: str) -> int | None:

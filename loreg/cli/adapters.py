@@ -94,6 +94,8 @@ def ls(
 ) -> None:
     """List adapters by base, rank, target or text.
 
+    QUERY is words: each stands somewhere in the name, the note or a target, as sql does in mysql.
+
     \b
       loreg ls
       loreg ls --base gpt2 --rank 16 sql

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
@@ -55,6 +56,8 @@ def describe(error: BaseException) -> tuple[str, str, int]:
         return "UsageError", f"{error.format_message()} See '{command} --help'.", error.exit_code
     if isinstance(error, click.ClickException):
         return type(error).__name__, error.format_message(), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "CheckFailed", f"{error.filename or 'the output'} has no room: {error.strerror}; free some space.", 1
     reason = str(error)
     if isinstance(error, OSError) and error.strerror:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import click
 
 from loreg.cli.progress import ProgressBar
 from loreg.cli.text import is_terminal, legible, shorten
+from loreg.errors import CheckFailed
 
 if TYPE_CHECKING:
     from loreg.registry import Registry
@@ -45,11 +47,20 @@ class Console:
         return ProgressBar(shown=self.watched)
 
     def emit(self, document: Mapping[str, Any], text: str) -> None:
-        """The result: ``document`` with ``--json``, else ``text``, with digests short."""
-        if self.json:
-            click.echo(json.dumps(document, indent=2))
-        elif text:
-            click.echo(shorten(text), color=_color())
+        """The result: ``document`` with ``--json``, else ``text``, with digests short. Raises CheckFailed if it
+        cannot be written, but for a closed pipe, which is an OSError."""
+        try:
+            if self.json:
+                click.echo(json.dumps(document, indent=2))
+            elif text:
+                click.echo(shorten(text), color=_color())
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise CheckFailed(
+                f"the result could not be written to where stdout goes: {error.strerror or error}; what was asked "
+                "for is done: free some space, or write elsewhere, to see it."
+            ) from error
 
     def fail(self, kind: str, message: str, code: int, trace: str = "") -> None:
         """An error: ``trace`` and a sentence for people on stderr, and with ``--json`` an object on stdout."""
@@ -57,7 +68,7 @@ class Console:
         # A full disk or a closed pipe may be what the error is about: the exit code tells it all the same.
         with suppress(OSError):
             click.echo(trace + sentence, err=True, color=_color())
-        with suppress(OSError):
+        with suppress(OSError, CheckFailed):
             self.emit({"error": {"type": kind, "message": message, "exit_code": code}}, "")
 
 

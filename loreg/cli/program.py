@@ -34,6 +34,14 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "verify": "loreg.cli.merging:verify",
     },
     "Sharing": {"sync": "loreg.cli.sharing:sync"},
+    "Store": {
+        "rm": "loreg.cli.storing:rm",
+        "trash": "loreg.cli.storing:trash",
+        "restore": "loreg.cli.storing:restore",
+        "gc": "loreg.cli.storing:gc",
+        "fsck": "loreg.cli.storing:fsck",
+        "store": "loreg.cli.copying:store",
+    },
 }
 
 

@@ -50,8 +50,8 @@ def moment(then: datetime) -> str:
     return f"{then.astimezone(UTC):%Y-%m-%d %H:%M} UTC ({age(then)})"
 
 
-def plural(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+def plural(count: int, thing: str, things: str | None = None) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {things or thing + 's'}"
 
 
 def fields(pairs: Iterable[tuple[str, object]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from loreg.digest import Digest
@@ -16,13 +17,13 @@ from loreg.format.recipe import FORMAT, Recipe, tensors_from, tensors_to_json
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BaseManifest:
     """A base as its tensors [B6]: what an unmerge checks against when the base itself is gone."""
 
     tensors: tuple[BaseTensor, ...]
 
-    @property
+    @cached_property
     def identity(self) -> BaseIdentity:
         return identify(self.tensors)
 
@@ -34,6 +35,10 @@ class BaseManifest:
         return {tensor.name: tensor for tensor in self.tensors}
 
     def dump(self) -> bytes:
+        return self._dumped
+
+    @cached_property
+    def _dumped(self) -> bytes:
         return canonical_json.dumps({"format": FORMAT, "kind": "base", "tensors": tensors_to_json(self.tensors)})
 
     @classmethod

@@ -30,6 +30,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def dumps(value: Json) -> bytes:
     """The canonical form of ``value`` as UTF-8 [J6]. Raises BadInput for what ``loads`` would not read back."""
     try:
+        # In C, where that writes the same: a manifest has thousands of values, and a push writes it, a resolve again.
+        return json.dumps(_plain(value), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    except _NotPlain:
+        pass
+    try:
         _check_writable(value)
         return rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeEncodeError, RecursionError) as error:
@@ -110,6 +115,35 @@ def _depth(data: bytes) -> int:
             depth += 1 if first in b"[{" else -1
             deepest = max(deepest, depth)
     return deepest
+
+
+class _NotPlain(Exception):
+    """A value that the standard library writes otherwise than RFC 8785, or that has to be looked at more closely."""
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """The same with whole numbers as integers. Raises _NotPlain, for numbers with an exponent among others."""
+    kind = type(value)
+    if kind is str:
+        if not value.isascii() and _SURROGATE.search(value):
+            raise _NotPlain
+        return value
+    if kind is dict and depth < MAX_DEPTH:
+        # Of other keys the order is another one by UTF-16.
+        if not all(type(key) is str and key.isascii() for key in value):
+            raise _NotPlain
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    if kind in (list, tuple) and depth < MAX_DEPTH:
+        return [_plain(item, depth + 1) for item in value]
+    if value is None or kind is bool:
+        return value
+    if kind is float and value.is_integer():
+        kind, value = int, int(value)
+    if kind is int and -MAX_INTEGER <= value <= MAX_INTEGER:
+        return value
+    if kind is float and 1e-4 <= abs(value) < 1e15:
+        return value
+    raise _NotPlain
 
 
 def _check_writable(value: Json, depth: int = 0) -> None:

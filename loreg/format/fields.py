@@ -70,6 +70,12 @@ class Fields:
             self.refuse(key, f"a whole number of at least {minimum}", value)
         return value
 
+    def optional_natural(self, key: str, minimum: int = 0) -> int | None:
+        if self._rest.get(key, 0) is None:
+            self.take(key)
+            return None
+        return self.natural(key, minimum)
+
     def real(self, key: str) -> float:
         """A finite double. An integer stands for the same double: RFC 8785 writes 2.0 as 2."""
         value = self.take(key)

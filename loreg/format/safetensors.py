@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from loreg.errors import BadInput
 from loreg.format import canonical_json
@@ -210,35 +210,25 @@ def canonical_header(
     The data follow in the order of ``Header.tensors``, without holes. Raises BadInput for two tensors of one
     name, and for whatever ``parse_header`` would refuse.
     """
-    entries: list[bytes] = []
-    infos: list[TensorInfo] = []
+    sized = []
+    for name, dtype, shape in tensors:
+        check_name(name, "a new file")
+        sized.append((name, dtype, tuple(shape), nbytes_of(dtype, tuple(shape))))
+    document: dict[str, Any] = {}
     if metadata:
         pairs = _metadata(dict(metadata), "a new file").items()
-        fields = sorted(pairs, key=lambda pair: pair[0].encode("utf-8"))
-        entries.append(b'"__metadata__":{' + b",".join(_text(k) + b":" + _text(v) for k, v in fields) + b"}")
+        canonical_json.dumps(dict(metadata))  # refuses half of a surrogate pair
+        document["__metadata__"] = dict(sorted(pairs, key=lambda pair: pair[0].encode("utf-8")))
+    infos: list[TensorInfo] = []
     position = 0
-    seen: set[str] = set()
-    given = list(tensors)
-    for name, dtype, shape in given:
-        check_name(name, "a new file")
-        nbytes_of(dtype, tuple(shape))
-    for name, dtype, shape in sorted(given, key=lambda t: canonical_order(t[0], t[1])):
-        if name in seen or name == "__metadata__":
+    for name, dtype, shape, nbytes in sorted(sized, key=lambda each: canonical_order(each[0], each[1])):
+        if name in document or name == "__metadata__":
             raise BadInput(f"Two tensors of one file would be named {name!r}: names must differ.")
-        seen.add(name)
-        info = TensorInfo(name, dtype, tuple(shape), position, position + nbytes_of(dtype, tuple(shape)))
-        entries.append(
-            _text(name)
-            + f':{{"dtype":"{dtype}","shape":{json.dumps(list(shape), separators=(",", ":"))},'.encode()
-            + f'"data_offsets":[{info.start},{info.end}]}}'.encode()
-        )
+        info = TensorInfo(name, dtype, shape, position, position + nbytes)
+        document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [info.start, info.end]}
         infos.append(info)
         position = info.end
-    text = b"{" + b",".join(entries) + b"}"
+    # Strings have the form of RFC 8785: the shortest escapes, and UTF-8 for everything else.
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return Header(len(text).to_bytes(8, "little") + text, dict(metadata or {}), tuple(infos))
-
-
-def _text(value: str) -> bytes:
-    # The string form of RFC 8785: the shortest escapes, and UTF-8 for everything else.
-    return canonical_json.dumps(value)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 
@@ -14,6 +14,7 @@ from loreg.algebra.rounding import Workspace
 from loreg.checkpoint import Advance, StoredTensor
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
+from loreg.format.journal import BLOCK
 from loreg.merge.combining import Combining
 from loreg.merge.files import OutputFile
 from loreg.merge.inputs import read_values
@@ -220,8 +221,14 @@ def tiles(
     row = prod(columns) * dtype.itemsize
     if not stored.info.nbytes:
         return
-    first, size = 0, max(1, len(buffer) // row) * row
+    first, size = 0, _rows(len(buffer) // row, prod(columns)) * row
     for tile in stored.chunks(size, buffer if size <= len(buffer) else None):
         count = len(tile) // row
         yield first, tile, from_buffer(tile, dtype, (count, *columns))
         first += count
+
+
+def _rows(most: int, columns: int) -> int:
+    """At most so many rows, or one: whole blocks of a journal where that can be, which then carries nothing over."""
+    even = BLOCK // gcd(BLOCK, columns)
+    return max(1, most // even * even or most)

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loreg.algebra.native import sparse
+from loreg.algebra import native
 from loreg.checkpoint import open_binary, read_range, reading
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput
 from loreg.format.journal import BLOCK, ESCAPE, RAW, TENSOR, Record, Undoes, records
 from loreg.format.safetensors import BITS, Header, TensorInfo, read_header
 from loreg.merge.files import OutputFiles
+from loreg.tensors import from_buffer, to_memory
 
 Array = npt.NDArray[Any]
 _BATCH = 1 << 20
@@ -107,6 +108,7 @@ class Recorder:
         self._small: Array = np.empty(0, np.int8)
         self._raw = bytearray()
         self._wide: Array = np.empty(0, np.int64)
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def add(self, raw: memoryview, small: Array, wide: Array) -> None:
         """The next elements: their bytes, the corrections that fit into a byte, and those that do not, in order,
@@ -155,9 +157,17 @@ class Recorder:
 
     def _blocks(self, raw: memoryview, small: Array, wide: Array) -> None:
         """Whole blocks, or the last one."""
-        counts, offsets, values = (found.numpy() for found in sparse(torch.from_numpy(small), BLOCK))
+        if native.library is not None:
+            room = len(raw) + 4 * -(-len(small) // BLOCK)
+            if len(self._room) < room:
+                self._room = torch.empty(room, dtype=torch.uint8)
+            corrections, before = torch.from_numpy(small), from_buffer(raw, torch.uint8, (len(raw),))
+            size = native.records(corrections, before, torch.from_numpy(wide), BLOCK, self._room)
+            self._put(to_memory(self._room)[:size])
+            return
+        counts, offsets, values = (found.numpy() for found in native.sparse(torch.from_numpy(small), BLOCK))
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        escapes = np.searchsorted(np.flatnonzero(values == ESCAPE), bounds) if len(wide) else np.zeros_like(bounds)
+        escapes = np.searchsorted(np.flatnonzero(values == ESCAPE), bounds)
         parts = offsets.astype("<u2", copy=False).data, values.data, wide.astype("<i8", copy=False).data
         cuts, size = zip(bounds.tolist(), escapes.tolist(), strict=True), BLOCK * self._width
         for block, ((a, c), (b, d)) in enumerate(pairwise(cuts)):

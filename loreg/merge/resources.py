@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from loreg.merge.layout import OutputTensor
     from loreg.merge.plan import MergePlan
 
-TILE_BYTES = 8 << 20
-"""What a thread reads, computes, hashes and writes at once: the steps are few then, and any machine has so much."""
+TILE_BYTES = 2 << 20
+"""What a thread reads, computes, hashes and writes at once: the steps are few, and each finds it in the cache."""
+_DEVICE_TILES = 4
+"""So many of them at once for a GPU, whose launches cost the same however much they compute."""
 _LEAST_TILE = 256 << 10
 _PER_THREAD = 16 << 20
 """For blocks in float64 and for elements in doubt."""
@@ -52,15 +54,16 @@ class Resources:
         to verify too. Raises UsageError if it is too little for ``plans``.
         """
         wanted = threads or torch.get_num_threads()
+        whole = TILE_BYTES if device.type == "cpu" else _DEVICE_TILES * TILE_BYTES
         if memory is None:
-            return cls(device, wanted, TILE_BYTES)
+            return cls(device, wanted, whole)
         fixed, per_byte = _needs(plans)
         fixed += DESK_BYTES if verify else 0
         left = memory - _resident() - _RESERVE
         for count in range(wanted, 0, -1):
             tile = int((left / count - fixed) / per_byte)
-            if tile >= (TILE_BYTES if count > 1 else _LEAST_TILE):
-                return cls(device, count, min(tile, TILE_BYTES))
+            if tile >= (whole if count > 1 else _LEAST_TILE):
+                return cls(device, count, min(tile, whole))
         least = memory - left + fixed + int(per_byte * _LEAST_TILE)
         raise UsageError(
             f"{memory:,} bytes of memory are too little: this merge needs {least:,}, of which {_resident():,} are "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from loreg.registry.core import Registry, Version, open  # noqa: A004 - loreg.open() is the contract
+from loreg.registry.copying import copy_store
+from loreg.registry.core import Registry, Version
+from loreg.registry.opening import open, rebuild_catalog  # noqa: A004 - loreg.open() is the contract
 
-__all__ = ["Registry", "Version", "open"]
+__all__ = ["Registry", "Version", "copy_store", "open", "rebuild_catalog"]

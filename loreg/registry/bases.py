@@ -8,6 +8,7 @@ import re
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
+from loreg.addresses import expanded
 from loreg.catalog import Database, queries
 from loreg.catalog.models import BaseRow
 from loreg.checkpoint import Advance, Checkpoint, FileStamp, read_whole
@@ -17,6 +18,7 @@ from loreg.format.base import BaseManifest, BaseReference, HubPin
 from loreg.format.recipe import MergeRecord, Recipe
 from loreg.format.reference import check_name
 from loreg.registry.storage import PendingBlob, Storage, utcnow
+from loreg.store import BlobKey
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class LeafCache:
 
     def get(self, stamp: FileStamp) -> str | None:
         with self._database.read() as session:
-            return queries.cached_leaves(session, astuple(stamp))
+            found = queries.cached_leaves(session, astuple(stamp))
+        return found if found and found.startswith("{") else None  # else it is a blob's: see registry.verified
 
     def put(self, stamp: FileStamp, leaves: str) -> None:
         with self._database.write() as session:
@@ -63,6 +66,7 @@ class Bases:
         self._storage = storage
         self._database = storage.database
         self.cache = LeafCache(storage.database)
+        self._last: tuple[Digest, BaseManifest] | None = None  # of what is pushed, most are for one base
 
     def add(self, source: str | Path, name: str | None, revision: str | None, advance: Advance) -> Base:
         """Hash the model at ``source`` (a path, or a Hub id) and register it. See ``Registry.add_base``."""
@@ -99,26 +103,40 @@ class Bases:
 
     def register(self, base: Base) -> Base:
         """Write a base that was looked at into the catalog; one that is there is brought up to date."""
-        identity, blob = base.manifest.identity, PendingBlob.of(base.manifest.dump())
+        blob = PendingBlob.of(base.manifest.dump())
+        if self._is_registered(base, blob):
+            return base
         self._storage.commit(
             [blob],
             lambda session: queries.add_base(
                 session,
                 base.name,
                 manifest=blob.digest,
-                weights_root=identity.weights_root,
-                structure_root=identity.structure_root,
-                content_set=identity.content_set,
-                tensors=len(base.manifest.tensors),
-                bytes=base.manifest.nbytes,
                 now=utcnow(),
                 hub_repo=base.hub.repo if base.hub else None,
                 hub_commit=base.hub.commit if base.hub else None,
                 hub_files=json.dumps(dict(base.hub.files)) if base.hub else None,
                 path=str(base.path) if base.path else None,
+                **queries.columns_of(base.manifest),
             ),
         )
         return base
+
+    def _is_registered(self, base: Base, blob: PendingBlob) -> bool:
+        """Whether the catalog says all of it, and its manifest is there: then no push waits for the disk."""
+        with self._database.read() as session:
+            row = queries.find_base(session, name=base.name)
+            found = queries.find_blob(session, blob.digest)
+        hub = (base.hub.repo, base.hub.commit, json.dumps(dict(base.hub.files))) if base.hub else None
+        return (
+            row is not None
+            and found is not None
+            and found.state == "live"
+            and row.manifest == blob.digest
+            and row.path == (str(base.path) if base.path else row.path)
+            and (hub is None or hub == (row.hub_repo, row.hub_commit, row.hub_files))
+            and self._storage.store.size(BlobKey(blob.digest, found.generation)) == blob.fingerprint.size
+        )
 
     def find(self, spec: str | Path, advance: Advance) -> Base:
         """A base by its name, its path or its Hub id. Writes nothing: ``register`` it once it is accepted."""
@@ -164,7 +182,9 @@ class Bases:
         return self._load(row)
 
     def _load(self, row: BaseRow) -> Base:
-        manifest = BaseManifest.parse(self._storage.read(row.manifest))
+        if self._last is None or self._last[0] != row.manifest:
+            self._last = row.manifest, BaseManifest.parse(self._storage.read(row.manifest))
+        _, manifest = self._last
         if manifest.identity.weights_root != row.weights_root:
             raise BadInput(f"The manifest of base {row.name!r} does not have its weights_root; add the base again.")
         hub = None
@@ -195,7 +215,7 @@ def check_files(base: Base, checkpoint: Checkpoint, cache: LeafCache, advance: A
 
 
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, HubPin | None]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         if revision is not None:
             raise UsageError(f"{source} is a directory here, and --revision is for Hub ids: give one of them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,8 @@ from loreg.format.reference import check_name, check_tag
 from loreg.registry.bases import Base, Bases
 from loreg.registry.storage import Storage
 from loreg.registry.versions import Version, Versions
-from loreg.store import LocalStore
+from loreg.store import BlobCache, Store
+from loreg.store.cache import limit_from_environment
 
 if TYPE_CHECKING:
     from loreg.algebra.delta import LowRank
@@ -28,27 +28,11 @@ if TYPE_CHECKING:
     from loreg.registry.merging import Unmerged
     from loreg.registry.resizing import Resized
 
-__all__ = ["Registry", "Version", "open", "silent"]
+__all__ = ["Registry", "Version", "silent"]
 
 
 def silent(done: int) -> None:
     """The progress callback that tells nobody."""
-
-
-def open(  # noqa: A001 - loreg.open() is the contract
-    home: str | Path | None = None, *, catalog: str | None = None, store: str | None = None
-) -> Registry:
-    """Open the registry at ``home`` (default ``$LOREG_HOME``, else ``~/.loreg``), making it if need be.
-
-    ``catalog`` (a SQLAlchemy URL, default ``$LOREG_CATALOG``) and ``store`` (``file://``, default
-    ``$LOREG_STORE``) move either part. Raises BadInput for a damaged, foreign or newer catalog.
-    """
-    root = Path(home or os.environ.get("LOREG_HOME") or "~/.loreg").expanduser().absolute()
-    place = store or os.environ.get("LOREG_STORE") or f"file://{root}"
-    if not place.startswith("file://"):
-        raise UsageError(f"{place!r} is not a store that loreg opens yet: expected file:///a/directory.")
-    database = Database.open(catalog or os.environ.get("LOREG_CATALOG") or root / "catalog.db")
-    return Registry(root, database, LocalStore(Path(place.removeprefix("file://"))))
 
 
 class Registry(Versions):
@@ -57,8 +41,9 @@ class Registry(Versions):
     Where a method takes ``advance``, it is told the number of bytes that were just read or written.
     """
 
-    def __init__(self, home: Path, database: Database, store: LocalStore) -> None:
-        super().__init__(database, Storage(database, store))
+    def __init__(self, home: Path, database: Database, store: Store, strict: bool = False) -> None:
+        cache = BlobCache(home / "cache" / "blobs", limit_from_environment())
+        super().__init__(database, Storage(database, store, cache, strict))
         self.home = home
         self.bases = Bases(self.storage)
 
@@ -127,7 +112,7 @@ class Registry(Versions):
         """
         from loreg import adapters
         from loreg.adapters.binding import bind
-        from loreg.checkpoint import Checkpoint
+        from loreg.checkpoint import Checkpoint, reading
         from loreg.registry import packing
         from loreg.registry.dequantising import require_plain
 
@@ -135,7 +120,8 @@ class Registry(Versions):
         chosen = check_name(name) if name is not None else _name_of(path)
         wanted = [check_tag(tag) for tag in tags]
         before = Path(initial) if initial is not None else None
-        draft = adapters.read(path, format, initial=before, alpha=alpha, enable_lora=enable_lora)
+        with reading(path):
+            draft = adapters.read(path, format, initial=before, alpha=alpha, enable_lora=enable_lora)
         known = self.bases.find(base, advance)
         config: dict[str, Any] = {}
         if known.path is not None and known.path.exists():
@@ -144,9 +130,11 @@ class Registry(Versions):
             config = checkpoint.config()
         binding = bind(draft, known.manifest.by_name(), config)
         leaves = packing.touched(known.manifest, packing.bound_tensors(binding))
-        manifest, blobs = packing.pack(draft, binding, replace(known.reference(), touched=leaves))
+        with reading(path):
+            manifest, blobs = packing.pack(draft, binding, replace(known.reference(), touched=leaves))
         self.bases.register(known)
-        version = self.commit_version(chosen, manifest, blobs, wanted, note)
+        with reading(path):  # what the disk of the store says is an error of loreg by then
+            version = self.commit_version(chosen, manifest, blobs, wanted, note)
         return replace(version, left_out=draft.left_out)
 
     def export(

@@ -10,7 +10,7 @@ from pathlib import Path
 from loreg.adapters.draft import RawTensor
 from loreg.adapters.peft_export import peft_files
 from loreg.checkpoint import open_binary
-from loreg.digest import DoubleHasher
+from loreg.digest import Digest, DoubleHasher
 from loreg.errors import BadInput, NotFound, UsageError
 from loreg.format.manifest import AdapterManifest, SourceFile
 from loreg.format.safetensors import read_header
@@ -83,7 +83,8 @@ def tensor_reader(storage: Storage, manifest: AdapterManifest) -> Callable[[str]
     """Brings ``factors:NAME`` and ``full:NAME`` from the blobs of a version, verified."""
 
     @cache
-    def tensors(blob: Path) -> dict[str, RawTensor]:
+    def tensors(digest: Digest) -> dict[str, RawTensor]:
+        blob = storage.path(digest)  # once for all of its tensors: it may have to be hashed
         with open_binary(blob) as file:
             header = read_header(file, blob.stat().st_size, what=f"blob {blob.name}")
         start = header.data_start
@@ -94,7 +95,7 @@ def tensor_reader(storage: Storage, manifest: AdapterManifest) -> Callable[[str]
     def read(place: str) -> RawTensor:
         role, _, name = place.partition(":")
         blob = manifest.full[name].blob if role == "full" else factors.digest if factors else None
-        found = tensors(storage.path(blob)).get("tensor" if role == "full" else name) if blob else None
+        found = tensors(blob).get("tensor" if role == "full" else name) if blob else None
         if found is None:
             raise BadInput(
                 f"The manifest lists {place!r}, which its blob does not hold; it is damaged: push it again."

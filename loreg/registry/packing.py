@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loreg.adapters.bound import Binding, BoundModule
 from loreg.adapters.draft import Draft, DraftFile, DraftTerm, RawTensor
-from loreg.digest import Digest, DoubleHasher, Fingerprint
+from loreg.digest import Digest, fingerprint
 from loreg.errors import BadInput
 from loreg.format.base import BaseManifest, BaseReference
 from loreg.format.manifest import AdapterManifest, BlobRef, Provenance, Source, SourceFile, Tie, check_file_name
@@ -112,10 +113,7 @@ def tensors_blob(tensors: Mapping[str, RawTensor]) -> PendingBlob:
         for info in header.tensors:
             yield from tensors[info.name].chunks()
 
-    hasher = DoubleHasher()
-    for chunk in chunks():
-        hasher.update(chunk)
-    return PendingBlob(hasher.result(), chunks)
+    return PendingBlob(fingerprint(chunks()), chunks)
 
 
 def _module(bound: BoundModule) -> Module:
@@ -162,20 +160,12 @@ def _source_file(file: DraftFile, places: Mapping[str, str], package: Package) -
         whole = PendingBlob.of_file(file.path)
         print_ = whole.fingerprint
         return SourceFile(name, print_.size, print_.sha256, package.add(whole, "source"))
-    with file.path.open("rb") as opened:
-        header = opened.read(file.header)
-    print_ = _file_fingerprint(file, header)
-    blob = package.add(PendingBlob.of(header), "source")
-    return SourceFile(name, print_.size, print_.sha256, blob, tuple(places[tensor.key] for tensor in file.tensors))
-
-
-def _file_fingerprint(file: DraftFile, header: bytes) -> Fingerprint:
-    hasher = DoubleHasher()
-    hasher.update(header)
+    sha256, size = hashlib.sha256(file.header), len(file.header)
     for tensor in file.tensors:
         for chunk in tensor.chunks():
-            hasher.update(chunk)
-    result = hasher.result()
-    if result.size != file.path.stat().st_size:
+            sha256.update(chunk)
+        size += tensor.nbytes
+    if size != file.path.stat().st_size:
         raise BadInput(f"{file.path} was changed while it was read: push again.")
-    return result
+    blob = package.add(PendingBlob.of(file.header), "source")
+    return SourceFile(name, size, sha256.hexdigest(), blob, tuple(places[tensor.key] for tensor in file.tensors))

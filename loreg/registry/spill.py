@@ -26,11 +26,12 @@ class Spill:
         """The same tensor with its bytes in a file: behind those before it, if they are in memory."""
         if isinstance(raw.data, Path):
             return raw
+        (data,) = raw.chunks()
         path = self.folder / "tensors"
         with self._lock, _typed(self.folder), path.open("ab") as file:
             start = self._end
-            file.write(raw.data)
-            self._end = start + len(raw.data)
+            file.write(data)
+            self._end = start + len(data)
         return replace(raw, data=path, offset=start)
 
     def file(self, blob: PendingBlob) -> Path:

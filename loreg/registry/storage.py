@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,10 +20,13 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 
 from loreg.catalog import Database, queries
+from loreg.catalog.models import Blob
 from loreg.checkpoint import FileStamp
 from loreg.digest import Digest, Fingerprint, Hasher, fingerprint
-from loreg.errors import BadInput, Conflict, LoregError, NotFound
-from loreg.store import BlobKey, Store, new_generation
+from loreg.errors import BadInput, CheckFailed, Conflict, LoregError, NotFound
+from loreg.registry.recording import Recorder
+from loreg.registry.verified import Verified
+from loreg.store import BlobCache, BlobKey, Store, new_generation, pieces
 
 LEASE = timedelta(hours=1)
 T = TypeVar("T")
@@ -58,12 +62,19 @@ def utcnow() -> datetime:
 
 
 class Storage:
-    """The blobs of one registry."""
+    """The blobs of one registry. ``cache``: where those are kept as files that the store does not have in files."""
 
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(self, database: Database, store: Store, cache: BlobCache, strict: bool = False) -> None:
         self.database = database
         self.store = store
-        self._verified: dict[BlobKey, FileStamp] = {}
+        self.cache = cache
+        self.recorder = Recorder(database, store)
+        self._verified = Verified(database, strict)
+
+    def writing(self) -> AbstractContextManager[Session]:
+        """One transaction, alone among the writers; what it says of names and tags is in the store's ledger too when
+        this returns. Raises Conflict if the store is another catalog's."""
+        return self.recorder.writing()
 
     def commit(self, blobs: Sequence[PendingBlob], finish: Callable[[Session], T]) -> T:
         """Store ``blobs``, then run ``finish`` in the one transaction that makes them reachable.
@@ -72,20 +83,34 @@ class Storage:
         or a blob vanished meanwhile, and whatever the store raises; orphans are left to the collector.
         """
         unique = {blob.digest: blob for blob in blobs}
-        owner = f"{socket.gethostname()}:{os.getpid()}"
-        with self.database.write() as session:  # pin before look
-            lease = queries.begin_lease(session, owner, list(unique), utcnow(), LEASE)
-        try:
-            written = [(blob.fingerprint, self._ensure(blob)) for blob in unique.values()]
-            with self.database.write() as session:
+        self.recorder.own()
+        with self.pinned(unique) as lease:  # pin before look
+            with self.database.read() as session:
+                known = queries.find_blobs(session, unique)
+            written = {digest: self._ensure(blob, known.get(digest)) for digest, blob in unique.items()}
+            with self.writing() as session:
                 queries.require_lease(session, lease, utcnow())  # the fence
-                for print_, generation in written:
-                    if self.store.size(BlobKey(print_.digest, generation)) != print_.size:
-                        raise Conflict(f"Blob {print_.digest} vanished while it was pushed: push again.")
-                queries.record_blobs(session, written, utcnow())
+                known = queries.find_blobs(session, unique)
+                copies = []
+                for digest, blob in unique.items():
+                    # A copy that was found may have been replaced since, by a repair.
+                    generation = written[digest] or (known[digest].generation if digest in known else None)
+                    if generation is None or self.store.size(BlobKey(digest, generation)) != blob.fingerprint.size:
+                        raise Conflict(f"Blob {digest} vanished while it was pushed: push again.")
+                    copies.append((blob.fingerprint, generation))
+                queries.record_blobs(session, copies, utcnow())
                 result = finish(session)
                 queries.release_lease(session, lease)
                 return result
+
+    @contextmanager
+    def pinned(self, digests: Collection[Digest]) -> Iterator[str]:
+        """A lease on ``digests``, for the transaction that vouches for them to require and to release."""
+        owner = f"{socket.gethostname()}:{os.getpid()}"
+        with self.database.write() as session:
+            lease = queries.begin_lease(session, owner, digests, utcnow(), LEASE)
+        try:
+            yield lease
         except BaseException:
             # Also on Ctrl-C: a pin that nobody holds keeps garbage until it expires. Should this fail as well
             # (a locked catalog, say), it does expire, and the first error is the one to report.
@@ -93,14 +118,11 @@ class Storage:
                 queries.release_lease(session, lease)
             raise
 
-    def _ensure(self, blob: PendingBlob) -> str:
-        """The generation under which the blob lies: the live one if it is whole, else a fresh copy's."""
-        with self.database.read() as session:
-            row = queries.find_blob(session, blob.digest)
-            if row is not None and row.state == "live":
-                key = BlobKey(blob.digest, row.generation)
-                if self.store.size(key) == blob.fingerprint.size:
-                    return row.generation
+    def _ensure(self, blob: PendingBlob, row: Blob | None) -> str | None:
+        """The generation of the fresh copy that is written unless the row's own is whole; None if that is."""
+        own = BlobKey(blob.digest, row.generation) if row is not None and row.state == "live" else None
+        if own is not None and self.store.size(own) == blob.fingerprint.size:
+            return None
         generation = new_generation()
         self.store.put(blob.digest, generation, blob.chunks())
         return generation
@@ -116,31 +138,73 @@ class Storage:
             return BlobKey(digest, row.generation)
 
     def read(self, digest: Digest) -> bytes:
-        """All bytes of a blob, verified. Raises NotFound, BadInput."""
-        return self.store.read(self.key(digest))
+        """All bytes of a blob, verified. Raises NotFound; BadInput if they are others, which then are put aside."""
+        key = self.key(digest)
+        if self.store.path(key) is None:
+            with suppress(OSError, CheckFailed):  # it may leave the cache before it is read, or find no room in it
+                data = self._cached(key).read_bytes()
+                if Digest.of(data) == digest:
+                    return data
+        data = self.store.read(key, verify=False)
+        if (found := Digest.of(data)) != digest:
+            raise self._damaged(key, found)
+        return data
 
     def path(self, digest: Digest) -> Path:
-        """A local file with the blob's bytes, verified when this process first asks, and if it was changed since.
+        """A local file with the blob's bytes, verified unless it was and has not been changed since.
 
-        Raises NotFound, BadInput.
+        Raises NotFound, BadInput; CheckFailed if it has to be fetched, and the disk is full.
         """
         key = self.key(digest)
         path = self.store.path(key)
-        if path is None or not path.is_file():
+        if path is None:
+            return self._cached(key)
+        if not path.is_file():
             raise NotFound(f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again.")
-        stamp = FileStamp.of(path)
-        if self._verified.get(key) != stamp:
-            hasher = Hasher(Hasher.ALL)
-            try:
-                with path.open("rb") as file:
-                    while chunk := file.read(1 << 20):
-                        hasher.update(chunk)
-            except OSError as error:
-                raise BadInput(f"Blob {digest} cannot be read: {error.strerror}; check the disk.") from error
-            if hasher.digest() != digest:
-                raise BadInput(
-                    f"Blob {digest} is corrupt: its bytes hash to {hasher.digest()}; restore it from a backup, or "
-                    "push its adapter again."
-                )
-            self._verified[key] = stamp
+        found = self._found(digest, path)
+        if found != digest:
+            raise self._damaged(key, found)
         return path
+
+    def _cached(self, key: BlobKey) -> Path:
+        """The local copy of a blob that is elsewhere, fetched unless it is there and whole."""
+        path = self.cache.path(key.digest)
+        self.cache.note(path)
+        with suppress(LoregError):  # absent, or unreadable
+            if self._found(key.digest, path) == key.digest:
+                return path
+        for _ in range(2):  # what went wrong on the way has nothing put aside
+            found = self.cache.add(key.digest, pieces(self.store, key))
+            if found == key.digest:
+                return path
+        raise self._damaged(key, found)
+
+    def _found(self, digest: Digest, path: Path) -> Digest:
+        """What a file's bytes hash to; taken to be as they should if they were, and nobody has changed it since."""
+        began, stamp = time.time_ns(), FileStamp.of(path)
+        if self._verified.holds(digest, stamp):
+            return digest
+        hasher = Hasher(Hasher.ALL)
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    hasher.update(chunk)
+        except OSError as error:
+            raise BadInput(f"Blob {digest} cannot be read: {error.strerror}; check the disk.") from error
+        found = hasher.digest()
+        if found == digest:
+            self._verified.remember(digest, stamp, began)
+        return found
+
+    def _damaged(self, key: BlobKey, found: Digest) -> BadInput:
+        """What is said of a copy with other bytes than it should have. It is put aside, so that a push of the same
+        content, which takes what is there of the right size for whole, writes it anew."""
+        with self.database.read() as session:
+            touches = ", ".join(queries.touched_by(session, key.digest)) or "nothing"
+        kept = ""
+        with suppress(LoregError):  # a store that cannot be written
+            kept = f", and are kept in {self.store.quarantine(key)}"
+        return BadInput(
+            f"Blob {key.digest} is corrupt: its bytes hash to {found}{kept}; {touches} needs it: restore it with "
+            "`loreg fsck --repair --from` another registry, or push its adapter again."
+        )

@@ -20,6 +20,7 @@ from loreg.registry.core import Registry, Version
 from loreg.registry.exporting import peft_directory
 from loreg.registry.packing import tensors_blob
 from loreg.registry.storage import PendingBlob
+from loreg.store import LocalStore, Store, new_generation
 
 MANIFEST = "loreg.json"
 
@@ -45,19 +46,9 @@ def sync_pull(registry: Registry, remote: str, name: str, tags: Iterable[str]) -
     """See ``Registry.sync_pull``."""
     check_name(name)
     wanted = [check_tag(tag) for tag in tags]
-    pin = hub.pin(hub.HubRef.parse(remote))
-    if MANIFEST not in {file.path for file in pin.files}:
-        raise NotFound(
-            f"{pin.ref} has no {MANIFEST}, so it does not say which base it is for, by its bytes: download it and "
-            "push it with 'loreg push DIR --base BASE'."
-        )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        hub.fetch(pin, [MANIFEST], folder)
-        manifest = AdapterManifest.parse((folder / MANIFEST).read_bytes())
-        sources = manifest.source.files if manifest.source else ()
-        hub.fetch(pin, [*(file.name for file in sources), *map(_name, _beside(manifest))], folder)
-        made = {blob.digest: blob for blob in _blobs(manifest, folder)}
+        pin, manifest, found = _fetch(remote, Path(scratch))
+        made = {blob.digest: blob for blob in found}
         missing = [blob for blob in manifest.blobs if blob.digest not in made]
         if missing:
             raise RemoteError(
@@ -66,6 +57,30 @@ def sync_pull(registry: Registry, remote: str, name: str, tags: Iterable[str]) -
             )
         blobs = [made[blob.digest] for blob in manifest.blobs]
         return registry.commit_version(name, manifest, [*blobs, PendingBlob.of(manifest.dump())], wanted)
+
+
+def fetch_store(remote: str, folder: Path) -> Store:
+    """What a version on the Hub can give back of damaged blobs, as a store in ``folder``. Raises as ``sync_pull``."""
+    _, manifest, blobs = _fetch(remote, folder / "files")
+    store = LocalStore(folder)
+    for blob in (*blobs, PendingBlob.of(manifest.dump())):
+        store.put(blob.digest, new_generation(), blob.chunks())
+    return store
+
+
+def _fetch(remote: str, folder: Path) -> tuple[hub.HubPin, AdapterManifest, Iterator[PendingBlob]]:
+    """The manifest of a version, and every blob that its files can make, which are fetched into ``folder``."""
+    pin = hub.pin(hub.HubRef.parse(remote))
+    if MANIFEST not in {file.path for file in pin.files}:
+        raise NotFound(
+            f"{pin.ref} has no {MANIFEST}, so it does not say which base it is for, by its bytes: download it and "
+            "push it with 'loreg push DIR --base BASE'."
+        )
+    hub.fetch(pin, [MANIFEST], folder)
+    manifest = AdapterManifest.parse((folder / MANIFEST).read_bytes())
+    sources = manifest.source.files if manifest.source else ()
+    hub.fetch(pin, [*(file.name for file in sources), *map(_name, _beside(manifest))], folder)
+    return pin, manifest, _blobs(manifest, folder)
 
 
 def _beside(manifest: AdapterManifest) -> list[BlobRef]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from loreg.addresses import expanded, split
 from loreg.catalog import Database, queries
 from loreg.catalog.queries import TagMoveRow, VersionRow
 from loreg.digest import Digest
 from loreg.errors import NotFound, UsageError
 from loreg.format.manifest import AdapterManifest
 from loreg.format.reference import Reference, check_name, check_tag
+from loreg.registry.checking import Checked, check
+from loreg.registry.collecting import GRACE, Collected, collect
 from loreg.registry.storage import PendingBlob, Storage, utcnow
+from loreg.store import LocalStore, Store, open_store
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -53,25 +61,26 @@ class Versions:
         tags: Iterable[str] = (),
         note: str | None = None,
     ) -> Version:
-        """Store a manifest and its blobs as a version of ``name``, and move ``latest`` and ``tags`` to it."""
+        """Store a manifest as a version of ``name``, and move ``latest`` and ``tags`` to it. ``blobs``: all that it
+        needs, and itself, last."""
+        digest = blobs[-1].digest
 
         def finish(session: Session) -> tuple[VersionRow, bool]:
             now = utcnow()
-            queries.record_edges(session, manifest.digest, [blob.digest for blob in manifest.blobs])
+            queries.record_edges(session, digest, [blob.digest for blob in manifest.blobs])
             row, created = queries.add_version(
                 session,
                 name,
-                manifest.digest,
-                base_root=manifest.base.identity.weights_root,
-                base_name=manifest.base.name,
-                rank=manifest.rank,
-                modules=len(manifest.modules),
-                bytes=manifest.nbytes,
-                targets=manifest.targets,
+                digest,
                 note=note,
                 now=now,
+                **queries.columns_of(manifest),
             )
-            for tag in dict.fromkeys([*([LATEST] if created else []), *tags]):
+            moving = dict.fromkeys(tags)
+            if created or row.removed_at is not None:
+                queries.follow_newest(session, name, LATEST, now)
+                moving.pop(LATEST, None)
+            for tag in moving:
                 queries.move_tag(session, name, tag, row, queries.tag_seq(session, name, tag), now)
             return row, created
 
@@ -118,10 +127,62 @@ class Versions:
     def tag(self, reference: str, tag: str) -> Version:
         """Point ``tag`` at a version. Raises Conflict if it moved meanwhile."""
         check_tag(tag)
-        with self.database.write() as session:
+        with self.storage.writing() as session:
             row = self._row(session, Reference.parse(reference))
             queries.move_tag(session, row.name, tag, row, queries.tag_seq(session, row.name, tag), utcnow())
         return self.resolve(Reference(row.name, number=row.number))
+
+    # The trash
+
+    def remove(self, reference: str, *, tags_to: str | None = None) -> VersionRow:
+        """Put a version into the trash: nobody sees it, and ``restore`` takes it back until a collection does away
+        with it. ``latest`` then is the newest that is left; other tags that point to it move to ``tags_to``.
+
+        Raises NotFound; Conflict if tags point to it and ``tags_to`` is not given, UsageError if that is no other
+        version of the same name.
+        """
+        with self.storage.writing() as session:
+            row = self._row(session, Reference.parse(reference))
+            other = self._row(session, Reference.parse(tags_to)) if tags_to is not None else None
+            if other is not None and other.id == row.id:
+                raise UsageError(f"{tags_to} is the version that is to be removed: move its tags to another one.")
+            queries.remove_version(session, row, LATEST, other, utcnow())
+        return row
+
+    def restore(self, reference: str) -> VersionRow:
+        """Take a version out of the trash, by its number: ``sql:v2``. Raises NotFound, UsageError."""
+        ref = Reference.parse(reference)
+        if ref.name is None or ref.number is None:
+            raise UsageError(f"{reference} does not say which version: expected one by its number, as in sql:v2.")
+        with self.storage.writing() as session:
+            return queries.restore_version(session, ref.name, ref.number, LATEST, utcnow())
+
+    def trash(self) -> list[VersionRow]:
+        """What was removed and can be taken back, the last one first."""
+        with self.database.read() as session:
+            return queries.removed_versions(session)
+
+    def collect(self, *, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
+        """Delete what nothing needs, and versions that have been in the trash for ``grace``. See
+        ``registry.collecting``."""
+        return collect(self.storage, grace=grace, dry_run=dry_run)
+
+    def fsck(
+        self,
+        *,
+        repair: bool = False,
+        sources: Iterable[str | Path] = (),
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> Checked:
+        """Read and compare everything that is stored. ``repair``: mend what can be, from other copies here and from
+        ``sources``: homes of other registries, addresses of stores, and versions on the Hub. Raises NotFound if one
+        is none, UsageError for sources without ``repair``. See ``registry.checking``."""
+        given = list(sources)
+        if given and not repair:
+            raise UsageError("Copies are only taken from other places to mend something: give --repair with --from.")
+        with ExitStack() as stack:
+            others = [_source(source, stack) for source in given]
+            return check(self.storage, repair=repair, sources=others, advance=advance)
 
     @staticmethod
     def _row(session: Session, ref: Reference) -> VersionRow:
@@ -130,3 +191,21 @@ class Versions:
         return queries.find_version(
             session, ref.name, number=ref.number, tag=ref.tag, digest_prefix=ref.digest_prefix
         )
+
+
+def _source(place: str | Path, stack: ExitStack) -> Store:
+    """Where good copies may be; what has to be fetched for that lies below a directory for as long as ``stack``."""
+    if str(place).startswith("hf://"):
+        from loreg.registry.syncing import fetch_store
+
+        return fetch_store(str(place), Path(stack.enter_context(TemporaryDirectory())))
+    scheme, _ = split(place, "a source of copies", "a registry's home, a store's address or hf://owner/name")
+    if scheme is not None:
+        return open_store(place)
+    home = expanded(place)
+    if not (home / "blobs").is_dir():
+        raise NotFound(
+            f"{home} is not the home of a registry: expected a directory with {home / 'blobs'}, a store's address or "
+            "hf://owner/name."
+        )
+    return LocalStore(home)

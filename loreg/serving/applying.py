@@ -30,7 +30,7 @@ from loreg.tensors import NAMES
 if TYPE_CHECKING:
     from loreg.serving.merging import Ahead, Returning
 
-_TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+_TILE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 """Of a weight, worked on at once: few steps, and on a CPU what is computed is still in cache when it is copied."""
 
 

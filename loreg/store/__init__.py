@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from loreg.store.base import BlobKey, Store, new_generation
+from loreg.store.base import BlobKey, Store, Unfinished, new_generation
+from loreg.store.cache import BlobCache
 from loreg.store.local import LocalStore
+from loreg.store.opening import open_store
+from loreg.store.reading import pieces
 
-__all__ = ["BlobKey", "LocalStore", "Store", "new_generation"]
+__all__ = ["BlobCache", "BlobKey", "LocalStore", "Store", "Unfinished", "new_generation", "open_store", "pieces"]

@@ -22,6 +22,7 @@ from tests.benchmarks.live import live
 from tests.benchmarks.memory import memory
 from tests.benchmarks.merging import many, merge, undo, verify
 from tests.benchmarks.pairs import Row, Unmeasured, unmeasured
+from tests.benchmarks.scale import scale
 from tests.benchmarks.startup import startup
 
 SECTIONS: dict[str, Callable[[Bench], Lines]] = {
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Bench], Lines]] = {
     "memory": memory,
     "live": live,
     "combine": combine,
+    "scale": scale,
     "gpu": gpu,
 }
 ON_CPU = [name for name in SECTIONS if name != "gpu"]

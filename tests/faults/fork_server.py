@@ -6,7 +6,6 @@ merging, and a job is killed at its instant by the process that forked it, which
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import json
@@ -20,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from shim import Shim
 from sqlalchemy.orm import configure_mappers
 
 import loreg
@@ -31,32 +31,8 @@ import loreg.registry.merging
 from loreg.errors import LoregError
 from loreg.staging import staged
 
-CALLS = (
-    "open,read,write,pread,pwrite,preadv,copy_file_range,sendfile,fsync,fdatasync,ftruncate,rename,mkdir,rmdir,"
-    "unlink,mmap"
-)
 BEGUN = b"\n"
 """What a fork says first: all is looked up, and what it writes begins."""
-MODES = {"count": 0, "fail": 1, "half": 2, "kill before": 3, "kill after": 4}
-
-
-class Shim:
-    """What counts, and spoils, the calls of this process; see shim.c."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(None)
-        for name in ("shim_name", "shim_path"):
-            getattr(self._library, name).restype = ctypes.c_char_p
-
-    def arm(self, folders: list[str], calls: str = CALLS, at: int = 0, code: int = 0, mode: str = "count") -> None:
-        where, what = ":".join(folders).encode(), f",{calls},".encode()
-        self._library.shim_arm(where, what, ctypes.c_long(at), code, MODES[mode])
-
-    def seen(self) -> list[tuple[str, str]]:
-        count = self._library.shim_count()
-        return [(self._library.shim_name(ctypes.c_long(place)).decode(),
-                 self._library.shim_path(ctypes.c_long(place)).decode())
-                for place in range(1, count + 1)]  # fmt: skip
 
 
 def work(registry: loreg.Registry, job: dict[str, Any]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from shim import compiled
 
 import loreg
 
@@ -36,26 +37,19 @@ class Forks:
 
 
 @contextmanager
-def forks(home: Path, folder: Path) -> Iterator[Forks]:
-    """``folder``: where the compiled shim is put."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+def forks(
+    home: Path, folder: Path, program: str = "fork_server.py", variables: Mapping[str, str] | None = None
+) -> Iterator[Forks]:
+    """``folder``: where the compiled shim is put. ``program``: the server. ``variables``: of its environment."""
+    environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     root = str(Path(loreg.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    library = _compiled(folder)
+    library = compiled(folder)
     if library is not None:
         environment["LD_PRELOAD"] = str(library)
-    command = [sys.executable, str(HERE / "fork_server.py")]
+    command = [sys.executable, str(HERE / program)]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdin is not None
         yield Forks(process, home, library is not None)
         process.stdin.close()
         process.wait(60)
-
-
-def _compiled(folder: Path) -> Path | None:
-    """None without a C compiler, or where nothing can stand before the C library."""
-    compiler, library = shutil.which("cc"), folder / "shim.so"
-    if compiler is None or not sys.platform.startswith("linux"):
-        return None
-    made = subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"])
-    return library if made.returncode == 0 else None

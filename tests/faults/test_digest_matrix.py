@@ -1,6 +1,6 @@
 """One merge has one digest: whatever the threads, tiles, files and disks, and however often it was killed.
 
-LOREG_KILLS=1 takes every combination, else each vector has a third of them, and all vectors together all.
+--nightly takes every combination, else each vector has a third of them, and all vectors together all.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import vector_merges
+from options import one_of
 from places import in_memory, kind_of
 
 import loreg
@@ -27,7 +26,7 @@ from loreg.merge.resume import Finished
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "spec" / "vectors" / "merges.json").read_bytes())["vectors"]
 VALID = {vector["id"]: vector for vector in GOLDEN if vector["expected"] == "valid"}
-EACH = 1 if os.environ.get("LOREG_KILLS") else 3
+EACH = one_of(3)
 THREADS = (1, 2)
 TILES = (64, 1000, 8 << 20)
 """Bytes of a tile: a row or two, no whole number of rows, all of it."""
@@ -110,27 +109,3 @@ def test_golden_in_other_files(tmp_path: Path, name: str, parts: int) -> None:
         assert found["files"]["loreg.json"] == expected["files"]["loreg.json"]
         if given["undo"]:
             assert registry.unmerge(made.out, tmp_path / "back", journal=True).matches_base
-
-
-def test_of_many_tiles(registry: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that many tiles share, and more than one record of a journal: golden vectors are too small for that."""
-    rng = np.random.default_rng(3)
-    words = rng.integers(0x3C00, 0x3F80, (6, 300, 257), dtype=np.uint16)
-    model = {f"layers.{i}.weight": tiny.Tensor("BF16", (300, 257), layer.tobytes()) for i, layer in enumerate(words)}
-    modules = {f"layers.{i}": tiny.factors(rng, 300, 257, 3, std=0.02) for i in range(5)}
-    bases = []
-    for parts in (1, 2, 6):
-        names = [sorted(model)[part::parts] for part in range(parts)]
-        bases.append(tiny.write_model(tmp_path / f"base{parts}", model, shards=names if parts > 1 else None))
-    for name, part in (("sql", dict(list(modules.items())[:3])), ("humor", modules)):
-        registry.push(tiny.write_adapter(tmp_path / name, part), base=bases[0], name=name)
-    roots, journals = set(), {}
-    for number, (base, threads, tile) in enumerate(itertools.product(bases, THREADS, (5000, 1 << 16, 8 << 20))):
-        monkeypatch.setattr(loreg.merge.resources, "TILE_BYTES", tile)
-        out = tmp_path / f"out{number}"
-        more: dict[str, Any] = {"base": base, "threads": threads, "undo": True, "verify": "none"}
-        if number % 2 and base is not bases[0]:
-            _begun(registry, "sql + humor", out, **more)
-        roots.add(registry.merge("sql + humor", out, **more).weights_root)
-        journals.setdefault(base, set()).add((out / "loreg.undo").read_bytes())
-    assert len(roots) == 1 and all(len(found) == 1 for found in journals.values())

@@ -1,7 +1,7 @@
 """Calls to the disk refused, once with each answer that a disk has: a typed error and nothing, or all of it.
 
 What stands before the C library counts the calls of a run, and spoils one of them in the next: also those that are
-not Python's own, and those of the threads. LOREG_KILLS=1 spoils every one, else one of sixteen.
+not Python's own, and those of the threads. --nightly spoils every one, else one of sixteen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 from forks import Forks, forks
+from options import one_of
 from places import in_memory
 
 import loreg
@@ -30,7 +31,7 @@ ANSWERS = {
     ),
     "halving": ("read,pread,preadv,write,pwrite,copy_file_range,sendfile", 0),
 }
-EACH = 1 if os.environ.get("LOREG_KILLS") else 16
+EACH = one_of(16)
 """Every one of the calls, or one of so many."""
 VERBS = ("merge", "undo", "many", "resumed", "journal", "base")
 

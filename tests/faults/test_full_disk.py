@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import tiny
 from places import small_disk
 
 import loreg
-from loreg.errors import CheckFailed
+from loreg.errors import CheckFailed, UsageError
 
 
 @pytest.fixture
@@ -54,3 +56,49 @@ def test_unmerge(registry: loreg.Registry, merged: Path, tmp_path: Path, way: st
         given = [way] if way == "--journal" else [way, tmp_path / "base"]
         said = _said(registry, "unmerge", merged, "--out", disk / "out", *given)
         assert "No space left on device" in said and list(disk.iterdir()) == []
+
+
+WORDS = (["ls"], ["show", "sql"], ["rm", "sql"], ["gc"], ["fsck"], ["push", "sql", "--base", "base"])
+
+
+@pytest.mark.parametrize("left", [0, 1, 8, 9])
+def test_whatever_a_registry_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """To read, too, needs room, for the index of SQLite's log; the advice is never to restore a backup. ``left``: so
+    many pages."""
+    model = {"layers.0.weight": tiny.Tensor("F32", (8, 8), bytes(256))}
+    base = tiny.write_model(tmp_path / "base", model)
+    factors = tiny.factors(np.random.default_rng(1), 8, 8, 2, std=0.01)
+    adapter = tiny.write_adapter(tmp_path / "sql", {"layers.0": factors})
+    monkeypatch.chdir(tmp_path)
+    with small_disk(tmp_path / "small", "size=4m") as disk:
+        with loreg.open(disk / "home") as registry:
+            registry.push(adapter, base=base, name="sql")
+        with open(disk / "filled", "wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        os.truncate(disk / "filled", (disk / "filled").stat().st_size - 4096 * left)
+        told = 0
+        for words in WORDS:
+            command = [sys.executable, "-m", "loreg.cli", *words, "--home", str(registry.home)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                told += 1
+                assert done.returncode == CheckFailed.exit_code, done
+                assert "free some space" in done.stderr and "backup" not in done.stderr, done.stderr
+        assert told >= (len(WORDS) if not left else 1)
+        (disk / "filled").unlink()
+        with loreg.open(registry.home) as registry:
+            assert registry.fsck().ok
+
+
+def test_a_new_registry(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "size=64k") as disk:
+        with pytest.raises(CheckFailed, match="free some space"):
+            loreg.open(disk / "home")
+        assert not list((disk / "home").glob("*"))
+    few = small_disk(tmp_path / "few", "size=4m,nr_inodes=2")
+    with few as disk, pytest.raises(CheckFailed, match="No space left on device; free some space"):
+        loreg.open(disk / "home")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="Not a directory; choose another place"):
+        loreg.open(tmp_path / "file" / "home")

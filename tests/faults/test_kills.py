@@ -1,12 +1,11 @@
 """kill -9 at random instants and at every step: what has the output's name is whole, and the same command ends it.
 
 A fork says when it begins to write, and is killed at an instant drawn over the time that unbroken work takes from
-there. LOREG_KILLS=10 kills ten times as often.
+there. --nightly kills ten times as often.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections import Counter
@@ -19,11 +18,12 @@ import numpy as np
 import pytest
 import tiny
 from forks import Forks, forks
+from options import counts
 from places import in_memory
 
 import loreg
 
-TIMES = int(os.environ.get("LOREG_KILLS", "1"))
+TIMES = counts(1)
 KILLS = 41 * TIMES
 """Of each of the five verbs at random instants; those at chosen steps come to them."""
 VERBS = ("merge", "undo", "many", "journal", "base")

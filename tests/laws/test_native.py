@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from loreg.algebra import LowRank, WeightedSum, native
 from loreg.algebra.rounding import bits
 from loreg.errors import BadInput
+from loreg.format.journal import BLOCK, ESCAPE
+from loreg.format.safetensors import TensorInfo
+from loreg.merge.journal import Recorder, Spill
 
 compiled = pytest.mark.skipif(native.library is None, reason="loreg was installed where there was no C compiler")
 PAIRS = [(one, other) for one in (torch.bfloat16, torch.float32) for other in (torch.bfloat16, torch.float32)]
@@ -199,3 +203,44 @@ def test_what_is_summed_at_a_glance(width: int, columns: int, few: int) -> None:
         assert torch.equal(found.isnan(), expected.isnan())
         sure = ~expected.isnan()
         assert bool(((found - expected).abs() <= (columns + 8) * 2.0**-24 * magnitudes)[sure].all())
+
+
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.one_of(st.integers(1, 100), st.integers(BLOCK - 40, BLOCK + 40), st.just(2 * BLOCK + 7)),
+    width=st.sampled_from([1, 2, 4]),
+    share=st.sampled_from([0.0, 0.001, 0.1, 0.34, 1.0]),
+    escapes=st.sampled_from([0.0, 0.02, 0.5]),
+    seed=st.integers(0, 2**32),
+    cuts=st.integers(1, 3),
+)
+def test_records(
+    tmp_path_factory: pytest.TempPathFactory,
+    size: int,
+    width: int,
+    share: float,
+    escapes: float,
+    seed: int,
+    cuts: int,
+) -> None:
+    """Of an undo journal, sparse or as long as the bytes themselves, however they come in pieces."""
+    random = np.random.default_rng(seed)
+    small = random.integers(-127, 128, size).astype(np.int8) * (random.random(size) < share)
+    small[(small != 0) & (random.random(size) < escapes)] = ESCAPE
+    wide = random.integers(128, 2**40, np.count_nonzero(small == ESCAPE))
+    raw, step = random.bytes(size * width), -(-size // cuts)
+    tensor = TensorInfo("w", {1: "U8", 2: "BF16", 4: "F32"}[width], (size,), 0, size * width)
+
+    def written() -> bytes:
+        spill = Spill(tmp_path_factory.mktemp("spill") / "spill")
+        recorder = Recorder(spill, tensor)
+        for at in range(0, size, step):
+            before, here = np.count_nonzero(small[:at] == ESCAPE), small[at : at + step]
+            these = wide[before : before + np.count_nonzero(here == ESCAPE)]
+            recorder.add(memoryview(bytearray(raw))[at * width : (at + step) * width], here, these)
+        recorder.finish()
+        spill.close()
+        return spill.path.read_bytes()
+
+    assert written() == _by_torch(written)

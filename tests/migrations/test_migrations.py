@@ -1,11 +1,13 @@
 """Catalogs are made, upgraded and refused; the schema of every revision is a reviewed snapshot.
 
-``schema_0001.sql`` is what a catalog at 0001 holds. It never changes: a new revision adds a snapshot.
+``schema_0001.sql`` is what a catalog at 0001 holds, ``catalog_0001.sql`` one that was written by the loreg of that
+revision. Neither changes: a new revision adds its own, the catalog by ``make_catalog.py``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,7 +27,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
-from loreg.catalog import HEAD, Database, database, migrations_path
+from loreg.catalog import HEAD, Database, kinds, migrations_path, queries, sqlite
 from loreg.catalog.models import Model
 from loreg.errors import BadInput, CheckFailed, LoregError, UsageError
 
@@ -40,7 +42,14 @@ def schema(path: Path) -> str:
             "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'alembic_version' "
             "ORDER BY type DESC, name"
         ).fetchall()
-    return "\n".join("\n".join(line.rstrip() for line in sql.strip().splitlines()) + ";\n" for (sql,) in rows)
+    # A column that was added stands behind the last one, in its line.
+    lines = (re.sub(r", (?=\w+ (INTEGER|TEXT)\b)", ",\n\t", sql).strip().splitlines() for (sql,) in rows)
+    return "\n".join("\n".join(line.rstrip() for line in each) + ";\n" for each in lines)
+
+
+def is_index(name: str | None, kind: str) -> bool:
+    """Of the tables that SQLite keeps of a full-text index."""
+    return kind == "table" and str(name).partition("_")[0] == "search"
 
 
 def execute(path: Path, *statements: str) -> list:
@@ -99,25 +108,26 @@ def test_the_models_are_the_migrations(made: Path, tmp_path: Path) -> None:
     assert schema(made) == schema(tmp_path / "models.db")
     engine = create_engine(f"sqlite:///{made}")
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        options = {"compare_type": True, "include_name": lambda name, kind, _: not is_index(name, kind)}
+        context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, Model.metadata) == []
     engine.dispose()
 
 
 def test_the_constant_is_the_head_of_the_scripts() -> None:
-    scripts = ScriptDirectory.from_config(database.alembic_config())
+    scripts = ScriptDirectory.from_config(kinds.alembic_config())
     assert scripts.get_heads() == [HEAD]
     revisions = [script.revision for script in scripts.walk_revisions()]
     assert sorted(revisions) == sorted(p.name.split("_")[0] for p in migrations_path().glob("versions/*.py"))
     for revision in revisions:
-        assert (HERE / f"schema_{revision}.sql").is_file()
+        assert (HERE / f"schema_{revision}.sql").is_file() and (HERE / f"catalog_{revision}.sql").is_file()
 
 
 def test_down_and_up_again(made: Path) -> None:
     before = schema(made)
     for move, target in ((command.downgrade, "base"), (command.upgrade, "head")):
-        with database._migrating(made) as connection:
-            move(database.alembic_config(connection), target)
+        with sqlite._migrating(made) as connection:
+            move(kinds.alembic_config(connection), target)
         assert (schema(made) == "") == (target == "base")
     assert schema(made) == before
 
@@ -132,15 +142,18 @@ def test_the_models_compile_for_postgresql() -> None:
 
 # --- upgrades ---------------------------------------------------------------------------------------
 
-ADD_COLUMN = """
+NEXT = f"{int(HEAD) + 1:04d}"
+ADD_COLUMN = (
+    f"revision, down_revision = {NEXT!r}, {HEAD!r}"
+    """
 from alembic import op
 import sqlalchemy as sa
-revision, down_revision = "0002", "0001"
 
 def upgrade():
     with op.batch_alter_table("versions", recreate="always", table_kwargs={"sqlite_strict": True}) as batch:
         batch.add_column(sa.Column("extra", sa.Text()))
 """
+)
 FAIL = ADD_COLUMN + "    raise RuntimeError('half-way')\n"
 BREAK = ADD_COLUMN + "    op.execute('DELETE FROM adapters')\n"
 
@@ -150,9 +163,9 @@ def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     def install(script: str) -> None:
         scripts = tmp_path / "50% migrations"
         shutil.copytree(migrations_path(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
-        (scripts / "versions" / "0002_next.py").write_text(script)
-        monkeypatch.setattr(database, "migrations_path", lambda: scripts)
-        monkeypatch.setattr(database, "HEAD", "0002")
+        (scripts / "versions" / f"{NEXT}_next.py").write_text(script)
+        monkeypatch.setattr(kinds, "migrations_path", lambda: scripts)
+        monkeypatch.setattr(kinds, "HEAD", NEXT)
 
     return install
 
@@ -164,7 +177,7 @@ def filled(made: Path) -> Path:
         made,
         f"INSERT INTO blobs VALUES ('{digest}', '{'0' * 16}', '{'0' * 64}', 1, 'live', 0)",
         ADAPTER,
-        f"INSERT INTO versions VALUES (1, 1, 1, '{digest}', '{digest}', 'gpt2', 8, 1, 1, NULL, 0)",
+        f"INSERT INTO versions VALUES (1, 1, 1, '{digest}', '{digest}', 'gpt2', 8, 1, 1, NULL, 0, NULL)",
         "INSERT INTO targets VALUES (1, 'c_attn')",
         "INSERT INTO tags VALUES (1, 'latest', 1, 1)",
         "INSERT INTO tag_history VALUES (1, 'latest', 1, 1, 0)",
@@ -173,7 +186,10 @@ def filled(made: Path) -> Path:
 
 
 def contents(path: Path) -> dict[str, list]:
-    return {table.name: execute(path, f"SELECT * FROM {table.name}") for table in Model.metadata.sorted_tables}
+    """The rows of every table that is there."""
+    there = {name for (name,) in execute(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+    tables = [table.name for table in Model.metadata.sorted_tables if table.name in there]
+    return {name: execute(path, f"SELECT * FROM {name}") for name in tables}
 
 
 def test_an_older_catalog_is_upgraded_after_a_backup(filled: Path, next_release: Callable) -> None:
@@ -184,14 +200,71 @@ def test_an_older_catalog_is_upgraded_after_a_backup(filled: Path, next_release:
     # The rows that refer to the table that was copied are all there: nothing cascaded.
     assert after.pop("versions") == [(*row, None) for row in before["versions"]]
     assert after == {name: rows for name, rows in before.items() if name != "versions"}
-    assert execute(filled, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert execute(filled, "SELECT version_num FROM alembic_version") == [(NEXT,)]
     (backup,) = [entry for entry in filled.parent.iterdir() if entry != filled]
-    assert backup.name.startswith("catalog.db.0001.")
+    assert backup.name.startswith(f"catalog.db.{HEAD}.")
     assert backup.suffix == ".bak"
     assert contents(backup) == before
     assert schema(backup) == before_schema
     Database.open(filled).close()
     assert len(list(filled.parent.iterdir())) == 2
+
+
+OLD = sorted(HERE.glob("catalog_*.sql"))
+
+
+def is_kept(before: dict[str, list], after: dict[str, list]) -> None:
+    """Every row is there, and what is new since is filled."""
+    assert len(after["registry"]) == 1
+    # Of what is older than the ledger the next transaction that changes a name writes down everything.
+    assert after["ledger"] == before.get("ledger", [])
+    assert len(after["documents"]) == len(after["versions"])
+    for name, rows in before.items():
+        assert [row[: len(rows[0])] for row in after[name]] == rows, name
+
+
+def can_be_worked_with(db: Database, revision: str) -> None:
+    with db.read() as s:
+        assert {row.name: row.number for row in queries.list_versions(s)} == {"sql": 2, "team/humor": 1, "both": 1}
+        assert queries.find_version(s, "sql", tag="prod").number == 1
+        assert [row.name for row in queries.list_versions(s, query="umo")] == ["team/humor"]
+        removed = [(row.name, row.number) for row in queries.removed_versions(s)]
+        assert removed == ([("sql", 3)] if revision > "0001" else [])
+
+
+@pytest.mark.parametrize("old", OLD, ids=lambda path: path.stem)
+def test_a_real_catalog_of_an_earlier_release(path: Path, old: Path) -> None:
+    """Up, down to where it was, and up again: no row is lost, and it can be worked with."""
+    revision = old.stem.removeprefix("catalog_")
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(old.read_text())
+    before = contents(path)
+    Database.open(path).close()
+    after = contents(path)
+    is_kept(before, after)
+    assert schema(path) == (HERE / f"schema_{HEAD}.sql").read_text()
+    with Database.open(path) as db:
+        can_be_worked_with(db, revision)
+    with sqlite._migrating(path) as connection:
+        command.downgrade(kinds.alembic_config(connection), revision)
+    assert contents(path) == before
+    assert schema(path) == (HERE / f"schema_{revision}.sql").read_text()
+    Database.open(path).close()
+    is_kept(before, contents(path))
+    assert contents(path)["documents"] == after["documents"]
+
+
+def test_the_trash_leaves_with_its_column(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript((HERE / "catalog_0001.sql").read_text())
+    Database.open(path).close()
+    execute(path, "DELETE FROM tags WHERE version_id = 2", "UPDATE versions SET removed_at = 1 WHERE id = 2")
+    with sqlite._migrating(path) as connection:
+        command.downgrade(kinds.alembic_config(connection), "0001")
+    assert execute(path, "SELECT id FROM versions ORDER BY id") == [(1,), (3,), (4,)]
+    assert execute(path, "PRAGMA foreign_key_check") == []
 
 
 def test_a_backup_goes_where_it_is_told(filled: Path, next_release: Callable, tmp_path: Path) -> None:
@@ -215,7 +288,7 @@ def test_an_upgrade_that_fails_changes_nothing(
     with pytest.raises(error, match=says):
         Database.open(filled)
     assert (contents(filled), schema(filled)) == before
-    assert execute(filled, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert execute(filled, "SELECT version_num FROM alembic_version") == [(HEAD,)]
 
 
 def test_processes_that_upgrade_at_once_upgrade_once(filled: Path, next_release: Callable) -> None:
@@ -230,7 +303,7 @@ def test_a_backup_that_cannot_be_made_stops_the_upgrade(filled: Path, next_relea
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError):
         Database.open(filled, backup_dir=tmp_path / "file")
-    assert execute(filled, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert execute(filled, "SELECT version_num FROM alembic_version") == [(HEAD,)]
 
 
 # --- fresh catalogs ---------------------------------------------------------------------------------
@@ -262,7 +335,7 @@ def test_a_crash_while_a_catalog_is_made_leaves_none(path: Path) -> None:
 
                 return step
 
-            for module, name in ((os, "link"), (os, "fsync"), (os, "unlink"), (database, "_run_migrations")):
+            for module, name in ((os, "link"), (os, "fsync"), (os, "unlink"), (kinds, "run_migrations")):
                 setattr(module, name, stepping(getattr(module, name)))
             Database.open(path).close()
 
@@ -294,7 +367,7 @@ def test_an_orphaned_log_is_not_replayed_into_a_new_catalog(made: Path) -> None:
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("revision", ["0002", "9999", "", "0001; DROP TABLE blobs"])
+@pytest.mark.parametrize("revision", [NEXT, "9999", "", "0001; DROP TABLE blobs"])
 def test_a_newer_catalog_is_refused_and_left_alone(made: Path, revision: str) -> None:
     execute(made, f"UPDATE alembic_version SET version_num = '{revision}'")
     before = made.read_bytes()
@@ -411,7 +484,7 @@ def test_a_directory_that_may_not_be_written(public: Path) -> None:
 def test_an_installed_package_carries_its_migrations(tmp_path: Path) -> None:
     root = HERE.parents[1]
     site = tmp_path / "site"
-    for name in ("__init__.py", "errors.py", "digest.py"):
+    for name in ("__init__.py", "addresses.py", "errors.py", "digest.py"):
         (site / "loreg").mkdir(parents=True, exist_ok=True)
         shutil.copy(root / "loreg" / name, site / "loreg" / name)
     for name in ("catalog", "format"):

@@ -132,3 +132,25 @@ def test_errors_of_names(pushed: loreg.Registry, other: loreg.Registry) -> None:
         other.sync_pull("hf://team/nothing", "x")
     with pytest.raises(NotFound, match="nothing"):
         pushed.sync_push("nothing", REMOTE)
+
+
+def test_damaged_blobs_are_fetched_again(
+    pushed: loreg.Registry, other: loreg.Registry, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Each of them at once, the manifest too; what the Hub has not stays damaged, and is told."""
+    pushed.sync_push("sql", REMOTE)
+    version = pushed.resolve("sql")
+    for digest in (version.digest, *(blob.digest for blob in version.manifest.blobs)):
+        path = pushed.storage.path(digest)
+        path.chmod(0o644)
+        path.write_bytes(b"damaged")
+    assert not pushed.fsck(repair=True).ok  # from nowhere
+    found = pushed.fsck(repair=True, sources=[REMOTE])
+    assert found.ok and all("mended by" in str(problem.repaired) for problem in found.problems)
+    assert pushed.fsck().ok
+    pushed.export("sql", tmp_path / "again")
+    assert tiny.files_in(tmp_path / "again") == tiny.files_in(tiny_adapter)
+    pushed.storage.path(pushed.resolve("humor").digest).unlink()
+    assert not pushed.fsck(repair=True, sources=[REMOTE]).ok
+    with pytest.raises(NotFound):
+        pushed.fsck(repair=True, sources=["hf://team/nothing"])

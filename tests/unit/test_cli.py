@@ -40,7 +40,8 @@ COMMANDS = [name for section in SECTIONS.values() for name in section]
 LEAVES = [
     *(("base", sub) for sub in ("add", "ls", "show")),
     *(("sync", sub) for sub in ("push", "pull")),
-    *((name,) for name in COMMANDS if name not in ("base", "sync")),
+    ("store", "copy"),
+    *((name,) for name in COMMANDS if name not in ("base", "sync", "store")),
 ]
 
 
@@ -225,6 +226,62 @@ def test_export_gives_the_pushed_bytes_back(stocked, form):
     assert written == {"out": "given", "reference": "sql", "format": form}
     for file in (stocked / "sql").iterdir():
         assert (stocked / "given" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_rm_restore_and_gc(stocked):
+    make_adapter(stocked / "again", 3)
+    digest = done("push", "again", "--base", "tiny", "--name", "sql")["digest"]
+    refused(6, "rm", "sql:v1")  # prod points to it
+    assert "sql:v1" in run("rm", "sql:v1", "--tags-to", "sql:v2").stdout
+    assert done("rm", "humor") == {"name": "humor", "version": 1, "digest": done("trash")["adapters"][0]["digest"]}
+    assert [row["version"] for row in done("log", "sql")["versions"]] == [2]
+    assert done("ls")["adapters"][0]["digest"] == digest and done("log", "sql")["tags"] == {"latest": 2, "prod": 2}
+    refused(3, "show", "sql:v1")
+    lines = run("trash").stdout.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("humor") and "three epochs" in lines[2]
+    assert done("restore", "humor:v1")["name"] == "humor"
+    refused(3, "restore", "humor:v1")
+    refused(2, "restore", "humor")
+    kept = {"deleted": 0, "bytes": 0, "versions": [], "unfinished": 0, "dry_run": False}
+    assert done("gc") == kept
+    rehearsed = done("gc", "--grace", "0", "--dry-run")
+    assert rehearsed["versions"] == ["sql:v1"] and rehearsed["deleted"] > 0 and rehearsed["bytes"] > 0
+    shown = run("gc", "--grace", "0", "--dry-run").stdout
+    assert "would delete" in shown and "sql:v1" in shown
+    assert done("gc", "--grace", "0") == {**rehearsed, "dry_run": False}
+    assert run("trash").stdout == "The trash is empty.\n" and done("gc", "--grace", "0") == kept
+    refused(3, "restore", "sql:v1")
+    for wrong in ("14", "-1d", "1y", ""):
+        assert "no time such as 14d" in refused(2, "gc", "--grace", wrong)["message"]
+    assert "at most a century" in refused(2, "gc", "--grace", "999999w")["message"]
+    assert done("gc", "--grace", "5000w")["deleted"] == 0
+
+
+def test_a_name_whose_versions_are_all_in_the_trash(stocked):
+    done("rm", "humor")
+    said = refused(3, "show", "humor")["message"]
+    assert "'humor' has no version: it has no versions, v1 in the trash (see `loreg trash`), and no tags" in said
+    assert "loreg restore humor:v1" in refused(3, "show", "humor:v1")["message"]
+
+
+def test_fsck_finds_and_mends(stocked):
+    shutil.copytree(stocked / "home", stocked / "copy")
+    well = done("fsck")
+    assert well["ok"] and well["blobs"] > 3 and well["problems"] == []
+    assert run("fsck").stdout.endswith("blobs read: all is well\n")
+    digest = done("show", "sql")["digest"]
+    (path,) = (stocked / "home" / "blobs").glob(f"*/{digest.removeprefix('blake3:')}.*")
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+    result = run("fsck")
+    assert result.exit_code == 1 and "which sql:v1 need" in result.stdout and "not all is well" in result.stdout
+    assert run("fsck", "--json").exit_code == 1
+    mended = done("fsck", "--repair", "--from", str(stocked / "copy"))
+    assert mended["ok"] and [problem["touches"] for problem in mended["problems"]] == [["sql:v1"]]
+    assert done("fsck")["problems"] == [] and done("verify", "sql")["ok"]
+    assert "--repair" in refused(2, "fsck", "--from", str(stocked / "copy"))["message"]
+    with loreg.open(stocked / "home") as registry, pytest.raises(loreg.errors.UsageError, match="--repair"):
+        registry.fsck(sources=[stocked / "copy"])
 
 
 def test_merge_then_unmerge_is_the_base(stocked):
@@ -520,6 +577,7 @@ def test_a_full_disk_behind_stdout_is_told(stocked, arguments):
         )
     assert result.returncode == 1
     assert result.stderr.startswith("loreg: ") and result.stderr.count("\n") == 1 and "No space" in result.stderr
+    assert "free some space" in result.stderr and "unexpected" not in result.stderr
 
 
 @needs_a_full_disk
@@ -581,13 +639,13 @@ def test_a_bar_that_nobody_sees_is_never_made(monkeypatch):
 # Help, and what is imported for it.
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in ("base", "sync")), *LEAVES], ids=" ".join)
+@pytest.mark.parametrize("command", [(), *((name,) for name in ("base", "sync", "store")), *LEAVES], ids=" ".join)
 def test_help_begins_with_a_sentence(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     paragraphs = [part.strip() for part in result.stdout.split("\n\n")]
     assert paragraphs[0].startswith("Usage: loreg") and re.fullmatch(r"[A-Z].*\.", paragraphs[1], re.DOTALL)
-    if command not in (("base",), ("sync",)):
+    if command not in (("base",), ("sync",), ("store",)):
         assert "--json" in result.stdout
 
 
@@ -598,7 +656,7 @@ def test_help_shows_every_command_with_a_whole_sentence(here):
         for name in commands:
             assert re.search(rf"^  {name} +[A-Z].*[^.]\.$", shown, re.MULTILINE), name
     assert run().stdout == shown and not (here / "home").exists()
-    for absent in ("gc", "fsck", "rm", "compare", "preflight"):
+    for absent in ("compare", "preflight"):
         assert absent not in COMMANDS
 
 

@@ -6,12 +6,10 @@ import itertools
 import re
 from pathlib import Path
 
-from loreg.adapters.draft import DraftFile, RawTensor
+from loreg.adapters.draft import DraftFile, read_tensors
 from loreg.adapters.peft.config import CONFIG
-from loreg.checkpoint import FileStamp, open_binary
 from loreg.errors import NotFound
 from loreg.format.manifest import is_file_name
-from loreg.format.safetensors import read_header
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
@@ -26,19 +24,11 @@ _MATTER = 1 << 16  # characters of a card that may be front matter
 def read_weights(folder: Path) -> DraftFile:
     """The tensors of the adapter in ``folder``. Raises NotFound, BadInput."""
     if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
+        header, tensors = read_tensors(folder / WEIGHTS)
+        return DraftFile(folder / WEIGHTS, tensors, header.raw)
     if (folder / PICKLED_WEIGHTS).is_file():
         return _pickled(folder / PICKLED_WEIGHTS)
     raise NotFound(f"{folder} has {CONFIG} but neither {WEIGHTS} nor {PICKLED_WEIGHTS}: save the adapter again.")
-
-
-def read_safetensors(path: Path) -> DraftFile:
-    size = FileStamp.of(path).size
-    with open_binary(path) as file:
-        header = read_header(file, size, what=str(path))
-    start = header.data_start
-    tensors = (RawTensor(t.name, t.dtype, t.shape, path, start + t.start) for t in header.tensors)
-    return DraftFile(path, tuple(tensors), header=start)
 
 
 def _pickled(path: Path) -> DraftFile:

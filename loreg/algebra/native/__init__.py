@@ -233,6 +233,19 @@ def sparse(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return counts, offsets[:found], values[:found]
 
 
+def records(small: Tensor, raw: Tensor, wide: Tensor, block: int, into: Tensor) -> int:
+    """The records of an undo journal [U3] for corrections ``small`` (int8), of which those that do not fit are in
+    ``wide`` (int64), of the elements whose bytes are ``raw`` (uint8), in blocks of at most 65536 elements. Returns
+    how many bytes it wrote: ``into`` (uint8) has room for those of ``raw`` and four a block.
+
+    All 1-D, contiguous, on the CPU. Only where there is a ``library``.
+    """
+    width = len(raw) // max(1, len(small))
+    x, of, by, to = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (small, raw, wide, into))
+    n, step, wides = (ctypes.c_int64(number) for number in (len(small), block, width))
+    return _function("records")(x, n, step, of, wides, by, to)
+
+
 def glance(before: Tensor, after: Tensor, x: Tensor, few: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the rows of D = after - before, in float32 and in any order: D·xᵀ (rows, 4), ‖D‖ (rows, 1), and
     |after|·|x|ᵀ of the first ``few`` columns (rows, 4).

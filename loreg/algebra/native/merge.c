@@ -43,6 +43,7 @@ typedef uint32_t words __attribute__((vector_size(LOREG_BYTES), aligned(4)));
 typedef int32_t places __attribute__((vector_size(LOREG_BYTES), aligned(4)));
 typedef uint16_t shorts __attribute__((vector_size(LOREG_BYTES / 2), aligned(2)));
 typedef uint8_t bytes __attribute__((vector_size(LOREG_BYTES), aligned(1)));
+typedef int8_t smalls __attribute__((vector_size(LOREG_BYTES / 4), aligned(1)));
 
 enum dtype { BF16, F32 };
 
@@ -340,6 +341,33 @@ INLINE words are_near(singles x, singles margin)
     return ~(words)(from > size * 0x1.01p-24f + margin) | (words)(size >= 0x1.fep127f);
 }
 
+/* GCC before 15 takes several instructions for each of the conversions where AVX2 has one. */
+#if LOREG_BYTES == 32
+INLINE words widened(const uint16_t *x) { return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)x)) << 16; }
+
+INLINE void store_high(uint16_t *to, words x, words y)
+{
+    __m256i both = _mm256_packus_epi32((__m256i)(x >> 16), (__m256i)(y >> 16));
+    _mm256_storeu_si256((void *)to, _mm256_permute4x64_epi64(both, 0xd8));
+}
+
+INLINE void store_small(int8_t *to, places x)
+{
+    __m128i both = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    _mm_storel_epi64((void *)to, _mm_packs_epi16(both, both));
+}
+#else
+INLINE words widened(const uint16_t *x) { return __builtin_convertvector(*(const shorts *)x, words) << 16; }
+
+INLINE void store_high(uint16_t *to, words x, words y)
+{
+    *(shorts *)to = __builtin_convertvector(x >> 16, shorts);
+    *(shorts *)(to + SINGLES) = __builtin_convertvector(y >> 16, shorts);
+}
+
+INLINE void store_small(int8_t *to, places x) { *(smalls *)to = __builtin_convertvector(x, smalls); }
+#endif
+
 /* Rounded halves upward, as halves are near: bfloat16 with its sign's bits before it, to the place among all. */
 INLINE places rounded_place(singles x)
 {
@@ -347,54 +375,60 @@ INLINE places rounded_place(singles x)
     return s ^ ((s >> 31) & 0x7fff);
 }
 
-/* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole vector.
+/* Where taking back may give another number than W, which is in bfloat16; `up` is W' before its last bits are cut.
  *
  * Taking back gives W' - delta = W + (W' - x), x the exact sum: less than half a step of W' from W. So it rounds to W
- * unless W' has larger steps than W, or W is a power of two, below which steps are half as large. `looks_back`: whether
- * a residual is wanted. */
+ * unless W' has larger steps than the numbers just below W have. */
+INLINE places is_open(words were, words up)
+{
+    return (places)(up & 0x7f800000u) > (places)(((were & 0x7fffffffu) - 1) & 0xff800000u);
+}
+
+/* From the deltas of bfloat16 to bfloat16 in single precision; `delta` has numbers up to a whole panel. `looks_back`:
+ * whether a residual is wanted. The few vectors in which it may not be 0 come later, by a list: at a branch for each
+ * the processor would guess wrong. */
 INLINE void end_in_single(struct task *t, int looks_back, int64_t i, int64_t j, int64_t n, const float *restrict delta)
 {
-    int64_t at = i * t->cols + j;
-    uint16_t rounded[STRIP], last[STRIP];
-    int16_t by[STRIP];
+    int64_t at = i * t->cols + j, count = 0;
+    uint16_t rounded[STRIP], last[STRIP], open[STRIP / SINGLES];
+    int8_t by[STRIP];
     const uint16_t *W = (const uint16_t *)t->W + at;
     words any = {0};
     singles margin = (singles)any + t->margin[i];
-    if (n % SINGLES) { /* what is read beyond the row is an even number */
+    if (n % PANEL) { /* what is read beyond the row is an even number */
         for (int64_t k = 0; k < STRIP; k++) last[k] = 0x4000;
         copy((char *)last, (const char *)W, n * 2);
         W = last;
     }
-    for (int64_t k = 0; k < n; k += SINGLES) {
-        words were = __builtin_convertvector(*(const shorts *)(W + k), words) << 16;
-        singles d = *(const singles *)(delta + k), x = (singles)were + d;
-        words up = (words)x + 0x8000u;
-        any |= are_near(x, margin);
-        *(shorts *)(rounded + k) = __builtin_convertvector(up >> 16, shorts);
-        if (looks_back) {
-            words open = (words)((places)(up & 0x7f800000u) > (places)(were & 0x7f800000u));
-            shorts found = {0};
-            open |= (words)((were & 0x007f0000u) == 0);
-            if (any_of(open)) {
-                singles back = (singles)(up & 0xffff0000u) - d;
-                places off = rounded_place((singles)were) - rounded_place(back);
-                places unknown = (places)are_near(back, margin) | (off > 127) | (off < -127);
-                any |= (words)unknown & open;
-                off = ((off & ~unknown) | (unknown & UNSURE)) & (places)open;
-                found = __builtin_convertvector((words)off & 0xffffu, shorts);
-            }
-            *(shorts *)(by + k) = found;
+    for (int64_t k = 0; k < n; k += 2 * SINGLES) {
+        words up[2];
+        for (int v = 0; v < 2; v++) {
+            int64_t here = k + v * SINGLES;
+            words were = widened(W + here);
+            singles x = (singles)were + *(const singles *)(delta + here);
+            up[v] = (words)x + 0x8000u;
+            any |= are_near(x, margin);
+            if (looks_back) open[count] = (uint16_t)here, count += any_of((words)is_open(were, up[v]));
         }
+        store_high(rounded + k, up[0], up[1]);
     }
-    int8_t *restrict small = t->small + at;
-    for (int64_t k = 0; looks_back && k < n; k++) small[k] = (int8_t)by[k];
+    for (int64_t k = 0; looks_back && k < n; k += LOREG_BYTES) *(bytes *)(by + k) = (bytes){0};
+    for (int64_t each = 0; each < count; each++) {
+        int64_t k = open[each];
+        words were = widened(W + k);
+        singles d = *(const singles *)(delta + k), back = (singles)widened(rounded + k) - d;
+        places off = rounded_place((singles)were) - rounded_place(back);
+        places unknown = (places)are_near(back, margin) | (off > 127) | (off < -127);
+        places at_all = is_open(were, (words)((singles)were + d) + 0x8000u);
+        any |= (words)(unknown & at_all);
+        store_small(by + k, ((off & ~unknown) | (unknown & UNSURE)) & at_all);
+    }
+    if (looks_back) copy((char *)t->small + at, (const char *)by, n);
     if (__builtin_expect(any_of(any), 0)) {
         uint8_t flags[STRIP + 8] = {0};
         uint32_t doubts[STRIP];
-        for (int64_t k = 0; k < n; k += SINGLES) {
-            singles were = (singles)(__builtin_convertvector(*(const shorts *)(W + k), words) << 16);
-            *(words *)(doubts + k) = are_near(were + *(const singles *)(delta + k), margin);
-        }
+        for (int64_t k = 0; k < n; k += SINGLES)
+            *(words *)(doubts + k) = are_near((singles)widened(W + k) + *(const singles *)(delta + k), margin);
         for (int64_t k = 0; k < n; k++) flags[k] = DOUBTFUL & (uint8_t)doubts[k];
         for (int64_t k = 0; looks_back && k < n; k++) flags[k] |= UNKNOWN & -(by[k] == UNSURE);
         settle(BF16, BF16, t, i, j, n, (uint32_t *)rounded, flags);
@@ -417,17 +451,10 @@ INLINE doubles some(const struct task *t, int single, int64_t at)
     return single ? __builtin_convertvector(*(const halves *)(t->Rsingle + at), doubles) : *(const doubles *)(t->R + at);
 }
 
-/* Of a kernel: two vectors of each of four rows, of TYPE, which stay in registers. */
-#define SUMS(TYPE, TO)                                                                                                \
-    TYPE *p0 = (TYPE *)(TO[0] + j), *p1 = (TYPE *)(TO[1] + j), *p2 = (TYPE *)(TO[2] + j), *p3 = (TYPE *)(TO[3] + j);   \
-    TYPE a0 = {0}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0
-#define ADD(K, X, Y)                                                                                                  \
-    a0 += (X) * l0[K], b0 += (Y) * l0[K], a1 += (X) * l1[K], b1 += (Y) * l1[K];                                       \
-    a2 += (X) * l2[K], b2 += (Y) * l2[K], a3 += (X) * l3[K], b3 += (Y) * l3[K]
-#define STORE p0[0] = a0, p0[1] = b0, p1[0] = a1, p1[1] = b1, p2[0] = a2, p2[1] = b2, p3[0] = a3, p3[1] = b3
+/* Two vectors of each of ROWS rows, which stay in registers: with what is read, all that AVX2 has. */
 #define LEFTS(TYPE, L)                                                                                                \
-    const TYPE *l0 = (L) + i * r, *l1 = (L) + (i + (h > 1)) * r, *l2 = (L) + (i + (h > 2) * 2) * r,                   \
-               *l3 = (L) + (i + (h > 3) * 3) * r
+    const TYPE *l[ROWS];                                                                                              \
+    for (int64_t q = 0; q < ROWS; q++) l[q] = (L) + (i + (q < h ? q : 0)) * r
 
 INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t, int64_t i, int64_t h, int64_t j0, int64_t n)
 {
@@ -441,13 +468,13 @@ INLINE void in_double(enum dtype in, enum dtype out, int single, struct task *t,
     fetch(t, in == BF16 ? 2 : 4, i, j0, n);
     for (int64_t j = 0; j < n; j += 2 * DOUBLES) {
         int64_t panel = (j0 + j) / PANEL * PANEL * r + (j0 + j) % PANEL;
-        SUMS(doubles, sum);
-        a0 = p0[0], b0 = p0[1], a1 = p1[0], b1 = p1[1], a2 = p2[0], b2 = p2[1], a3 = p3[0], b3 = p3[1];
+        doubles a[ROWS], b[ROWS];
+        for (int q = 0; q < ROWS; q++) a[q] = *(doubles *)(sum[q] + j), b[q] = *(doubles *)(sum[q] + j + DOUBLES);
         for (int64_t k = 0; k < r; k++) {
             doubles x = some(t, single, panel + PANEL * k), y = some(t, single, panel + PANEL * k + DOUBLES);
-            ADD(k, x, y);
+            for (int q = 0; q < ROWS; q++) a[q] += x * l[q][k], b[q] += y * l[q][k];
         }
-        STORE;
+        for (int q = 0; q < ROWS; q++) *(doubles *)(sum[q] + j) = a[q], *(doubles *)(sum[q] + j + DOUBLES) = b[q];
     }
     for (int64_t k = 0; k < h; k++) end_in_double(in, out, t, i + k, j0, n, sum[k]);
 }
@@ -460,12 +487,12 @@ INLINE void in_single(struct task *t, int looks_back, int64_t i, int64_t h, int6
     fetch(t, 2, i, j0, n);
     for (int64_t j = 0; j < n; j += 2 * SINGLES) {
         const float *panel = t->Rsingle + (j0 + j) / PANEL * PANEL * r + (j0 + j) % PANEL;
-        SUMS(singles, delta);
+        singles a[ROWS] = {{0}}, b[ROWS] = {{0}};
         for (int64_t k = 0; k < r; k++) {
             singles x = *(const singles *)(panel + PANEL * k), y = *(const singles *)(panel + PANEL * k + SINGLES);
-            ADD(k, x, y);
+            for (int q = 0; q < ROWS; q++) a[q] += x * l[q][k], b[q] += y * l[q][k];
         }
-        STORE;
+        for (int q = 0; q < ROWS; q++) *(singles *)(delta[q] + j) = a[q], *(singles *)(delta[q] + j + SINGLES) = b[q];
     }
     for (int64_t k = 0; k < h; k++) end_in_single(t, looks_back, i + k, j0, n, delta[k]);
 }
@@ -476,7 +503,7 @@ INLINE int64_t merge(enum dtype in, enum dtype out, int single, int fast, struct
     int64_t cols = t->cols, room = t->room, i = 0, high = room / (2 * (cols ? cols : 1));
     int64_t block = CACHED / (t->r ? t->r : 1) / STRIP * STRIP;
     if (block < STRIP) block = STRIP;
-    high = high > 64 ? 64 : high > ROWS ? high / ROWS * ROWS : high; /* whose elements have room, all doubtful */
+    high = high > 16 * ROWS ? 16 * ROWS : high > ROWS ? high / ROWS * ROWS : high; /* whose elements have room, all doubtful */
     for (; i < t->rows; i += high) {
         if (t->found.count + high * cols > room || t->unsure.count + t->wide.count + high * cols > room) return i;
         int64_t end = i + high < t->rows ? i + high : t->rows;
@@ -507,27 +534,74 @@ MERGE(loreg_merge_f32_f32, F32, F32)
 MERGE(loreg_merge_f32_bf16, F32, BF16)
 MERGE(loreg_merge_bf16_f32, BF16, F32)
 
-/* Of each block of `block` bytes, at most 65536, those that are not 0: their places in it and values, one after the
- * other, and how many there are. `offsets` and `values` have room for n and seven. */
-void NAMED(loreg_sparse, LOREG_BYTES)(const int8_t *restrict x, int64_t n, int64_t block, int64_t *restrict counts,
-                                      uint16_t *restrict offsets, int8_t *restrict values)
+/* Which of the SPAN bytes from x on are not 0, a bit for each. */
+#if LOREG_BYTES == 64
+#define SPAN 64
+INLINE uint64_t filled(const int8_t *x) { __m512i all = _mm512_loadu_si512(x); return _mm512_test_epi8_mask(all, all); }
+#elif LOREG_BYTES == 32
+#define SPAN 32
+INLINE uint64_t filled(const int8_t *x)
 {
-    int64_t count = 0;
-    for (int64_t first = 0; first < n; first += block) {
-        int64_t end = first + block < n ? first + block : n, i = first, before = count;
-        for (; i + 8 <= end; i += 8) {
-            uint64_t word;
-            memcpy(&word, x + i, 8);
-            while (word != 0) {
-                int64_t k = __builtin_ctzll(word) & ~7;
-                offsets[count] = (uint16_t)(i - first + k / 8), values[count++] = (int8_t)(word >> k);
-                word &= ~(255ull << k);
-            }
+    __m256i all = _mm256_loadu_si256((const void *)x);
+    return (uint32_t)~_mm256_movemask_epi8(_mm256_cmpeq_epi8(all, _mm256_setzero_si256()));
+}
+#else
+#define SPAN 8
+INLINE uint64_t filled(const int8_t *x)
+{
+    uint64_t word, low = 0x7f7f7f7f7f7f7f7full;
+    memcpy(&word, x, 8);
+    word = (((word & low) + low) | word) & ~low; /* the first bit of each byte that is not 0 */
+    return (word >> 7) * 0x0102040810204080ull >> 56;
+}
+#endif
+
+/* Those of n bytes, at most 65536, that are not 0: how many, and their places and values, which have room for n and one. */
+INLINE int64_t gather(const int8_t *restrict x, int64_t n, uint16_t *restrict offsets, int8_t *restrict values)
+{
+    int64_t i = 0, count = 0;
+    for (; i + SPAN <= n; i += SPAN)
+        for (uint64_t mask = filled(x + i); mask != 0; mask &= mask - 1) {
+            int64_t at = i + __builtin_ctzll(mask);
+            offsets[count] = (uint16_t)at, values[count++] = x[at];
         }
-        for (; i < end; i++) {
-            offsets[count] = (uint16_t)(i - first), values[count] = x[i];
-            count += x[i] != 0;
-        }
-        *counts++ = count - before;
+    for (; i < n; i++) {
+        offsets[count] = (uint16_t)i, values[count] = x[i];
+        count += x[i] != 0;
     }
+    return count;
+}
+
+/* Of each block of `block` bytes those that are not 0, one after the other, and how many there are. */
+void NAMED(loreg_sparse, LOREG_BYTES)(const int8_t *x, int64_t n, int64_t block, int64_t *counts, uint16_t *offsets,
+                                      int8_t *values)
+{
+    for (int64_t first = 0; first < n; first += block) {
+        int64_t count = gather(x + first, first + block < n ? block : n - first, offsets, values);
+        *counts++ = count, offsets += count, values += count;
+    }
+}
+
+/* The records of an undo journal [U3] for elements of `width` bytes, which are at `raw`, and their corrections `x`, of
+ * which those that are UNSURE are in `wide`. Returns their bytes: at most those of `raw`, and four for each block. */
+int64_t NAMED(loreg_records, LOREG_BYTES)(const int8_t *x, int64_t n, int64_t block, const char *raw, int64_t width,
+                                          const int64_t *wide, char *to)
+{
+    uint16_t offsets[65536 + 1];
+    int8_t values[65536 + 1];
+    char *at = to;
+    for (int64_t first = 0; first < n; first += block) {
+        int64_t size = first + block < n ? block : n - first, count = gather(x + first, size, offsets, values), beyond = 0;
+        for (int64_t k = 0; k < count; k++) beyond += values[k] == UNSURE;
+        uint32_t head = 3 * count + 8 * beyond > size * width ? 0xffffffffu : (uint32_t)count;
+        memcpy(at, &head, 4), at += 4;
+        if (head != (uint32_t)count) memcpy(at, raw + first * width, size * width), at += size * width;
+        else {
+            memcpy(at, offsets, 2 * count), at += 2 * count;
+            memcpy(at, values, count), at += count;
+            memcpy(at, wide, 8 * beyond), at += 8 * beyond;
+        }
+        wide += beyond;
+    }
+    return at - to;
 }
