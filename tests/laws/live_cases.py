@@ -24,7 +24,7 @@ from loreg.errors import BadInput, Conflict
 from loreg.serving import applying, merging
 from loreg.serving.live import prepare
 from tests import launched
-from tests.laws.triton_cases import _on_the_cpu  # noqa: F401
+from tests.laws.triton_cases import _nothing_is_zero_by_luck, _on_the_cpu  # noqa: F401
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

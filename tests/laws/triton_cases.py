@@ -37,6 +37,14 @@ def _on_the_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_luck() -> Iterator[None]:
+    """Memory that nobody wrote has the largest number in it, as that of an earlier merge has any."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def test_it_is_interpreted() -> None:
     assert not kernels.COMPILED
 

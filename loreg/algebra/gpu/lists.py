@@ -91,7 +91,9 @@ class Lists:
         self.doubt_at = torch.empty(doubt, dtype=torch.int32, device=device)
         self.doubt_were = torch.empty(doubt, LANES, dtype=word, device=device)
         self.sums = torch.empty(doubt, LANES, dtype=torch.float64, device=device)
-        self.late, self.state = (torch.empty(doubt, LANES, dtype=torch.int8, device=device) for _ in range(2))
+        # It is read also where an error came before ``settle``: of lanes beyond the last column it then says nothing.
+        self.late = torch.zeros(doubt, LANES, dtype=torch.int8, device=device)
+        self.state = torch.empty(doubt, LANES, dtype=torch.int8, device=device)
         self.undo_at = torch.empty(undo, dtype=torch.int32, device=device)
         self.undo_by = torch.empty(undo, LANES, dtype=torch.int8, device=device)
         self.started = 0  # of the kernels
