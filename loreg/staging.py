@@ -74,7 +74,7 @@ def scratch(out: Path, purpose: str, *, wait: bool = False, resume: bool = False
             yield folder
         finally:
             # Ctrl-C included: a half-merged model is of no use, and large. Once renamed, the name is anybody's.
-            if _is(folder, lock):
+            if is_open_at(folder, lock):
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise CheckFailed(
@@ -89,7 +89,7 @@ def _lock(descriptor: int, folder: Path, out: Path, wait: bool) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
-    if not _is(folder, descriptor):
+    if not is_open_at(folder, descriptor):
         raise _just_written(out)
 
 
@@ -97,7 +97,7 @@ def _just_written(out: Path) -> Conflict:
     return Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
 
 
-def _is(folder: Path, descriptor: int) -> bool:
+def is_open_at(folder: Path, descriptor: int) -> bool:
     """Whether the name still stands for the directory that is open, and so locked."""
     try:
         return os.path.samestat(folder.stat(), os.fstat(descriptor))

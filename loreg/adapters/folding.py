@@ -37,6 +37,14 @@ def fold(terms: Sequence[tuple[RawTensor, RawTensor, float]], scale: float) -> t
     return raw_of("A", stacked.right), raw_of("B", stacked.left)
 
 
+def padded(raw: RawTensor, axis: int, size: int) -> RawTensor:
+    """A matrix with zeros behind what it has along ``axis``, until there are ``size``."""
+    tensor = tensor_of(raw)
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return raw_of(raw.key, torch.cat([tensor, tensor.new_zeros(shape)], axis)) if shape[axis] else raw
+
+
 def fold_bias(terms: Sequence[tuple[RawTensor, float]]) -> RawTensor:
     """Σ scaleᵢ·biasᵢ in float32, rounded once per element, from a float64 sum in the terms' order."""
     values = [scale * tensor_of(raw).double() for raw, scale in terms]

@@ -71,7 +71,51 @@ def peft_files(
     """
     adapter = _adapter(manifest, read)
     config = _config(adapter, stored)
-    tensors = {f"{PREFIX}{name}": raw for name, raw in _tensors(adapter, read)}
+    yield from _files(config, {f"{PREFIX}{name}": raw for name, raw in _tensors(adapter, read)})
+
+
+def folded_files(manifest: AdapterManifest, read: Read) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
+    """The files of a PEFT directory in which nothing is left to misread: all scales are 1, and all ranks the same.
+
+    Several engines compute every scale as lora_alpha/r, whatever ``use_rslora``, ``rank_pattern`` and
+    ``alpha_pattern`` say, and take targets for the last parts of names. So the scale is folded into B, in float32,
+    each element rounded once; A and B are padded with zeros to the largest rank; and lora_alpha is that rank.
+
+    Raises Unsupported for what is more than LoRA of linear layers and embeddings.
+    """
+    replaced = manifest.replaced()
+    adapter = _adapter(replace(manifest, full={}), read)  # the others are the base's own
+    for path, module in manifest.modules.items():
+        layer = adapter.layers.get(path)
+        if layer is None or layer.magnitude is not None or layer.bias is not None or module.kind not in _FOLDED:
+            raise Unsupported(
+                f"Module {path!r} is more than A and B of a linear layer or an embedding: this version has no form "
+                "with folded scales; merge it, and serve the merged model."
+            )
+    if others := (*replaced, *adapter.tied, *adapter.attentions):
+        raise Unsupported(
+            f"{others[0]!r} is changed otherwise than by LoRA of its own: this version has no form with folded "
+            "scales; merge it, and serve the merged model."
+        )
+    rank = max(layer.rank for layer in adapter.layers.values())
+    adapter = replace(adapter, layers={path: _folded(layer, rank) for path, layer in adapter.layers.items()})
+    config = _config(adapter, ()) | {"target_modules": list(manifest.targets)}
+    yield from _files(config, {f"{PREFIX}{name}": raw for name, raw in _tensors(adapter, read)})
+
+
+_FOLDED = ("linear", "conv1d", "embedding")
+
+
+def _folded(layer: Layer, rank: int) -> Layer:
+    from loreg.adapters.folding import fold, padded
+
+    A, B = fold([(layer.A, layer.B, layer.scale)], 1.0)
+    return Layer(padded(A, 0, rank), padded(B, 1, rank), float(rank))
+
+
+def _files(
+    config: Mapping[str, Any], tensors: Mapping[str, RawTensor]
+) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
     yield CONFIG, iter([(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
     yield WEIGHTS, _safetensors(tensors)
 

@@ -6,7 +6,7 @@ What its kind of database does for that is in ``sqlite.py`` and ``postgres.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,13 @@ class Database:
             yield session
             close_record(session, datetime.now(UTC))
 
+    def stamp(self) -> Hashable | None:
+        """What is another one after any commit, so that rows that were read stay known as long as it is the same;
+        None if that cannot be told for less than a look at them. Cheap, and of no snapshot."""
+        return self.kind.stamp()
+
     def close(self) -> None:
+        self.kind.close()
         self._engine.dispose()
 
     def __enter__(self) -> Database:

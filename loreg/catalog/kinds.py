@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,6 +40,12 @@ class Kind(Protocol):
 
     def prepare(self, backup_dir: Path | None) -> None:
         """Have it there, at revision ``HEAD``: made if there is none, upgraded after a backup, or refused."""
+
+    def stamp(self) -> Hashable | None:
+        """What is another one after any commit, by whomever; None if that takes as long as a look at the rows."""
+
+    def close(self) -> None:
+        """Let go of what ``stamp`` keeps."""
 
     def is_full(self) -> bool:
         """Whether the disk that it is on has no room left, for what does not say so itself."""

@@ -104,6 +104,12 @@ class PostgreSQL:
     def engine(self) -> Engine:
         return self._engine
 
+    def stamp(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
     def is_full(self) -> bool:
         return False  # a server says so itself
 

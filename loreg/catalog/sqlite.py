@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -43,6 +45,8 @@ class SQLite:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
+        self._looking = threading.Lock()
+        self._looker: tuple[tuple[int, int, int], sqlite3.Connection, object] | None = None
 
     @classmethod
     def of_url(cls, url: URL) -> SQLite:
@@ -61,6 +65,26 @@ class SQLite:
 
     def engine(self) -> Engine:
         return _engine(self.path)
+
+    def stamp(self) -> Hashable | None:
+        """By ``PRAGMA data_version`` of a connection that does nothing else: it tells of commits by all others, and
+        is compared with itself alone. Takes some microseconds."""
+        with self._looking:
+            try:
+                status = self.path.stat()
+                at = status.st_dev, status.st_ino, os.getpid()  # a catalog that was put there since is another one
+                if self._looker is None or self._looker[0] != at:
+                    self._looker = at, _connect(self.path), object()
+                _, connection, own = self._looker
+                return own, connection.execute("PRAGMA data_version").fetchone()
+            except (OSError, sqlite3.Error):  # whoever looks at the rows is told
+                return None
+
+    def close(self) -> None:
+        with self._looking:
+            if self._looker is not None:
+                self._looker[1].close()
+            self._looker = None
 
     def is_full(self) -> bool:
         return _is_full(self.path.parent)
@@ -88,20 +112,23 @@ class SQLite:
                 _upgrade(path, backup_dir or path.parent)
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    # mode=rw never creates: a catalog deleted under us is an error, not a new and empty one.
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",
+        uri=True,
+        timeout=kinds.BUSY_TIMEOUT_MS / 1000,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
 def _engine(path: Path, *, migrating: bool = False) -> Engine:
     """Connections with the pragmas of the design, and transactions begun by us and not by ``sqlite3``."""
 
-    def connect() -> sqlite3.Connection:
-        # mode=rw never creates: a catalog deleted under us is an error, not a new and empty one.
-        return sqlite3.connect(
-            f"{path.as_uri()}?mode=rw",
-            uri=True,
-            timeout=kinds.BUSY_TIMEOUT_MS / 1000,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-
-    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool if migrating else QueuePool)
+    engine = create_engine(
+        "sqlite://", creator=partial(_connect, path), poolclass=NullPool if migrating else QueuePool
+    )
 
     @event.listens_for(engine, "connect")
     def set_pragmas(connection: sqlite3.Connection, _record: Any) -> None:

@@ -223,10 +223,11 @@ def tag(console: Console, reference: str, tag: str) -> None:
 @click.option("--out", metavar="DIR", required=True, help="A directory that does not exist, or is empty.")
 @click.option(
     "--format",
-    type=click.Choice(["original", "peft"]),
+    type=click.Choice(["original", "peft", "folded"]),
     default="original",
     show_default=True,
-    help="The bytes that were pushed, or a directory that PEFT loads.",
+    help="The bytes that were pushed, a directory that PEFT loads, or one with all scales folded into B, for engines "
+    "that read of the config no more than r and lora_alpha.",
 )
 @click.pass_obj
 def export(console: Console, reference: str, out: str, format: str) -> None:  # noqa: A002 - the option's name

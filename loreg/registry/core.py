@@ -144,7 +144,8 @@ class Registry(Versions):
         *,
         format: str = "original",  # noqa: A002 - the option's name
     ) -> Path:
-        """Write a version to the new directory ``out``: ``original`` (the pushed bytes) or ``peft``."""
+        """Write a version to the new directory ``out``: ``original`` (the pushed bytes), ``peft``, or ``folded``, of
+        which engines that read no more than r and lora_alpha get the right sum (see ``adapters.peft_export``)."""
         from loreg.registry.exporting import export
 
         return export(self.storage, self.resolve(reference), Path(out), format)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 from loreg.adapters.draft import RawTensor
-from loreg.adapters.peft_export import peft_files
+from loreg.adapters.peft_export import folded_files, peft_files
 from loreg.checkpoint import open_binary
 from loreg.digest import Digest, DoubleHasher
 from loreg.errors import BadInput, NotFound, UsageError
@@ -19,7 +19,6 @@ from loreg.registry.storage import Storage
 from loreg.registry.versions import Version
 from loreg.staging import staged, sync_tree
 
-FORMATS = ("original", "peft")
 Files = Iterator[tuple[str, Iterable[bytes | memoryview]]]
 
 
@@ -27,7 +26,7 @@ def export(storage: Storage, version: Version, out: Path, format_: str) -> Path:
     """See ``Registry.export``. Raises Conflict if ``out`` is taken, NotFound if there is no original."""
     if format_ not in FORMATS:
         raise UsageError(f"{format_!r} is not a format that loreg exports: expected one of {', '.join(FORMATS)}.")
-    files = original_files(storage, version) if format_ == "original" else peft_directory(storage, version)
+    files = FORMATS[format_](storage, version)
     with staged(out, version.digest) as folder:
         for name, chunks in files:
             with (folder / name).open("wb") as file:
@@ -48,6 +47,11 @@ def peft_directory(storage: Storage, version: Version) -> Files:
     known = Bases(storage).of_root(base.identity.weights_root, base.name)
     stored = known.manifest.by_name() if known else ()
     return peft_files(version.manifest, tensor_reader(storage, version.manifest), stored)
+
+
+def folded_directory(storage: Storage, version: Version) -> Files:
+    """The same with every scale folded into B, and all ranks the same. See ``folded_files``."""
+    return folded_files(version.manifest, tensor_reader(storage, version.manifest))
 
 
 def original_files(storage: Storage, version: Version) -> Files:
@@ -103,3 +107,10 @@ def tensor_reader(storage: Storage, manifest: AdapterManifest) -> Callable[[str]
         return found
 
     return read
+
+
+FORMATS: Mapping[str, Callable[[Storage, Version], Files]] = {
+    "original": original_files,
+    "peft": peft_directory,
+    "folded": folded_directory,
+}

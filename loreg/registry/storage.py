@@ -69,6 +69,7 @@ class Storage:
         self.store = store
         self.cache = cache
         self.recorder = Recorder(database, store)
+        self.strict = strict
         self._verified = Verified(database, strict)
 
     def writing(self) -> AbstractContextManager[Session]:
@@ -161,7 +162,7 @@ class Storage:
             return self._cached(key)
         if not path.is_file():
             raise NotFound(f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again.")
-        found = self._found(digest, path)
+        found = self.found(digest, path)
         if found != digest:
             raise self._damaged(key, found)
         return path
@@ -171,7 +172,7 @@ class Storage:
         path = self.cache.path(key.digest)
         self.cache.note(path)
         with suppress(LoregError):  # absent, or unreadable
-            if self._found(key.digest, path) == key.digest:
+            if self.found(key.digest, path) == key.digest:
                 return path
         for _ in range(2):  # what went wrong on the way has nothing put aside
             found = self.cache.add(key.digest, pieces(self.store, key))
@@ -179,7 +180,7 @@ class Storage:
                 return path
         raise self._damaged(key, found)
 
-    def _found(self, digest: Digest, path: Path) -> Digest:
+    def found(self, digest: Digest, path: Path) -> Digest:
         """What a file's bytes hash to; taken to be as they should if they were, and nobody has changed it since."""
         began, stamp = time.time_ns(), FileStamp.of(path)
         if self._verified.holds(digest, stamp):

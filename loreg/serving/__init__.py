@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from loreg.serving.bases import Fit, check_base
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
-from loreg.serving.resolving import Resolved, resolve
+from loreg.serving.resolving import Resolved, resolve, resolve_async
 
-__all__ = ["Merged", "Resolved", "load", "merge_", "resolve", "unmerge_"]
+__all__ = ["Fit", "Merged", "Resolved", "check_base", "load", "merge_", "resolve", "resolve_async", "unmerge_"]

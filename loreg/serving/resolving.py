@@ -1,20 +1,46 @@
-"""``resolve``: a reference to an immutable directory that any engine loads as a PEFT adapter.
+"""``resolve``: a reference to an immutable directory that an engine loads as a PEFT adapter.
 
 Engines key their caches by name and path (vLLM's KV cache does), so the directory is named by the version's
 digest and never overwritten: a tag that moves is a new path.
+
+What was resolved before is found again in three steps, each of which sees a change: whether anybody has written into
+the catalog since, which an SQLite catalog answers in microseconds; else what the reference stands for now; and
+whether ``stat`` says of the files what it said when they were hashed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
-from loreg.digest import Digest, fingerprint
-from loreg.errors import BadInput, Conflict
+from loreg.addresses import expanded
+from loreg.catalog.queries import VersionRow
+from loreg.checkpoint import FileStamp
+from loreg.digest import Digest
+from loreg.errors import BaseMismatch, CheckFailed, NotFound, UsageError
 from loreg.registry import Registry, Version
-from loreg.registry import open as open_registry
-from loreg.registry.exporting import Files, peft_directory
-from loreg.staging import staged, sync_tree
+from loreg.registry.exporting import folded_directory, peft_directory
+from loreg.registry.storage import Storage
+from loreg.serving.bases import fit
+from loreg.serving.defaults import default_registry
+from loreg.serving.directories import SPARED, Directories, Files, Record, stamps
+from loreg.serving.flights import Flights
+
+Form = Literal["peft", "folded"]
+_FORMS: Mapping[str, tuple[str, Callable[[Storage, Version], Files]]] = {
+    "peft": ("", peft_directory),
+    "folded": ("-folded", folded_directory),
+}
+_KNOWN = 100_000
+"""References of which the answer is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,53 +57,169 @@ class Resolved:
     nbytes: int
 
 
-def resolve(reference: str, registry: Registry | None = None, *, cache: Path | None = None) -> Resolved:
-    """The directory of a version, made on first use and checked against its digests on every call.
+def resolve(
+    reference: str,
+    registry: Registry | None = None,
+    *,
+    base: str | Path | Digest | None = None,
+    form: Form = "peft",
+    timeout: float | None = None,
+    max_bytes: int | None = None,
+    cache: Path | None = None,
+) -> Resolved:
+    """The directory of a version, made on first use, and each of its files checked whenever it may have changed.
 
-    ``registry``: default ``loreg.open()``. ``cache``: where directories are kept, default ``serving/`` in the
-    registry's home. Atomic: whoever finds the directory finds all of it, and two callers get the same one.
-    Raises NotFound for an unknown reference, BadInput if a file in the cache is damaged, Unsupported for a
-    version that has no PEFT form.
+    ``registry``: default is one that is opened once for the process. ``base``: what the engine serves, as
+    ``check_base`` takes it, or its weights_root: a version of another is refused. ``form``: ``peft``, the files as
+    they were pushed where PEFT wrote them; or ``folded``, for engines that read of a config no more than r and
+    lora_alpha (see ``adapters.peft_export.folded_files``). ``timeout``: seconds to wait; the work goes on for whoever
+    asks next. ``max_bytes``: of the files. ``cache``: where directories are kept, default ``serving/`` in the
+    registry's home.
+
+    Atomic: whoever finds the directory finds all of it, and of many callers, in threads and processes, one makes it.
+    It is made of bytes that had their digests, and is never overwritten. Raises NotFound for an unknown reference,
+    BaseMismatch, CheckFailed for one that is larger than ``max_bytes`` and for a full disk, RemoteError if
+    ``timeout`` is over, BadInput for a damaged blob or file, Unsupported for a version that has no such form.
     """
-    if registry is None:
-        with open_registry() as opened:
-            return resolve(reference, opened, cache=cache)
-    version = registry.resolve(reference)
-    path = (cache or registry.home / "serving") / version.digest.hex
-    if not path.is_dir():
+    resolver = Resolver.of(registry or default_registry(), cache)
+    return resolver.resolve(reference, base=base, form=form, timeout=timeout, max_bytes=max_bytes)
+
+
+async def resolve_async(reference: str, registry: Registry | None = None, **given: Any) -> Resolved:
+    """``resolve``, which see, without a wait of the event loop's: what is not at hand at once is waited for by a
+    thread. If the task is cancelled, that goes on, for whoever asks next."""
+    return await asyncio.to_thread(resolve, reference, registry, **given)
+
+
+_RESOLVERS: WeakKeyDictionary[Registry, dict[Path, Resolver]] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+class Resolver:
+    """What ``resolve`` does, with what it remembers, for one registry and one place of directories. Thread-safe."""
+
+    def __init__(
+        self, registry: Registry, root: Path | None = None, limit: int | None = None, spared: float = SPARED
+    ) -> None:
+        self._registry = registry
+        self.directories = Directories(root or registry.home / "serving", limit, spared, check=registry.storage.found)
+        self._flights: Flights[Record] = Flights()
+        self._rows: OrderedDict[str, tuple[Hashable, VersionRow]] = OrderedDict()
+        self._seen: dict[str, tuple[Record, tuple[FileStamp, ...]]] = {}
+        self._fits: dict[tuple[Digest, str], tuple[FileStamp, ...]] = {}
+
+    @classmethod
+    def of(cls, registry: Registry, root: Path | None = None) -> Resolver:
+        """The one that everybody shares."""
+        place = root or registry.home / "serving"
+        with _MAKING:
+            resolvers = _RESOLVERS.setdefault(registry, {})
+            if place not in resolvers:
+                resolvers[place] = cls(registry, place)
+            return resolvers[place]
+
+    def resolve(
+        self,
+        reference: str,
+        *,
+        base: str | Path | Digest | None = None,
+        form: Form = "peft",
+        timeout: float | None = None,
+        max_bytes: int | None = None,
+    ) -> Resolved:
+        """See ``resolve``."""
+        if form not in _FORMS:
+            raise UsageError(f"{form!r} is not a form of a directory: expected one of {', '.join(_FORMS)}.")
+        if timeout is not None and timeout < 0:
+            raise UsageError(f"timeout is {timeout}: expected seconds, at least 0.")
+        row = self._row(reference)
+        name = row.digest.hex + _FORMS[form][0]
+        if base is not None:
+            self._check_base(row, base)
+        if (record := self._at_hand(name)) is None:
+            work = partial(self._make, name, row, form, max_bytes)
+            record = self._flights.run((name, max_bytes), work, timeout, reference)
+        self._refuse_large(row, record.nbytes, max_bytes)
+        return Resolved(row.digest, self.directories.path(name), record.base, record.max_rank, record.nbytes)
+
+    def _row(self, reference: str) -> VersionRow:
+        stamp = self._registry.database.stamp()
+        known = self._rows.get(reference)
+        if known is not None and stamp is not None and known[0] == stamp:
+            return known[1]
+        row = self._registry.find(reference)
+        self._rows[reference] = stamp, row
+        if len(self._rows) > _KNOWN:
+            self._rows.popitem(last=False)
+        return row
+
+    def _version(self, row: VersionRow) -> Version:
+        return self._registry.resolve(str(row.digest))
+
+    def _at_hand(self, name: str) -> Record | None:
+        """What was found whole in this process, and nobody has changed since."""
+        seen = self._seen.get(name)
+        if seen is None or self._registry.storage.strict:
+            return None
+        record, before = seen
         try:
-            _write(peft_directory(registry.storage, version), path, version)
-        except Conflict:
-            # Another caller was faster: a directory of this name can only be the same one, and whole.
-            if not path.is_dir():
-                raise
-    size = _check(path, version, peft_directory(registry.storage, version))
-    return Resolved(version.digest, path, version.manifest.base.identity.weights_root, version.manifest.rank, size)
+            if stamps(self.directories.path(name), record) != before:
+                return None
+        except NotFound:
+            return None
+        self.directories.note(name)
+        return record
 
-
-def _write(files: Files, path: Path, version: Version) -> None:
-    with staged(path, version.digest, wait=True) as folder:
-        for name, chunks in files:
-            with (folder / name).open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-        sync_tree(folder)
-
-
-def _check(path: Path, version: Version, expected: Files) -> int:
-    """The size of the files in bytes, each of which is what the verified blobs of the store make of it."""
-    size = 0
-    for name, chunks in expected:
-        file, wanted = path / name, fingerprint(chunks)
-        if not file.is_file() or _digest(file) != wanted.digest:
-            raise BadInput(
-                f"{file}, served for {version}, is damaged: expected {wanted.digest}; remove {path}, and it is made "
-                "again."
+    def _make(self, name: str, row: VersionRow, form: Form, max_bytes: int | None) -> Record:
+        began = time.time_ns()
+        if (record := self.directories.find(name)) is None:
+            version = self._version(row)
+            self._refuse_large(row, _least(version), max_bytes)
+            record = self.directories.make(
+                name,
+                lambda: _FORMS[form][1](self._registry.storage, version),
+                lambda files: Record(row.digest, row.base_root, row.rank, files),
             )
-        size += wanted.size
-    return size
+        else:
+            found = stamps(self.directories.path(name), record)
+            # One that was just written may be written again within the same tick of the clock, and keep its stamp.
+            if all(stamp.settled_at(began) for stamp in found):
+                self._seen[name] = record, found
+        return record
+
+    def _refuse_large(self, row: VersionRow, nbytes: int, limit: int | None) -> None:
+        if limit is not None and nbytes > limit:
+            raise CheckFailed(
+                f"{row.name}:v{row.number} has {nbytes:,} bytes, and {limit:,} at most were asked for: allow more, "
+                "or serve another version."
+            )
+
+    def _check_base(self, row: VersionRow, base: str | Path | Digest) -> None:
+        key, now = (row.digest, str(base)), _weights(base)
+        if base == row.base_root or self._fits.get(key) == now:
+            return
+        version = self._version(row)
+        if isinstance(base, Digest):
+            known = self._registry.bases.of_root(base)
+            if known is None:
+                raise BaseMismatch(
+                    f"{version} was trained on {row.base_name!r} ({row.base_root}), and the base that is served is "
+                    f"{base}, which is not registered: serve that base, or another adapter."
+                )
+            base = known.name
+        fit(self._registry, version, base).require(version, str(base))
+        # A registered name stands for the same weights as long as it does; what a Hub id stands for may change.
+        if now or any(known.name == str(base) for known in self._registry.list_bases()):
+            self._fits[key] = now
 
 
-def _digest(path: Path) -> Digest:
-    with path.open("rb") as file:
-        return fingerprint(iter(lambda: file.read(1 << 20), b"")).digest
+def _weights(base: str | Path | Digest) -> tuple[FileStamp, ...]:
+    """What ``stat`` says of the files of a directory; nothing for what is none."""
+    if isinstance(base, Digest):
+        return ()
+    return tuple(FileStamp.of(path) for path in sorted(expanded(base).glob("*.safetensors")))
+
+
+def _least(version: Version) -> int:
+    """Bytes that a directory has at least: of what is in its blobs but for small files."""
+    return sum(blob.size for blob in version.manifest.blobs if blob.role != "source")

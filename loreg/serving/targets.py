@@ -12,6 +12,7 @@ from loreg.algebra.rounding import STORAGE_DTYPES, bits
 from loreg.digest import Digest, Hasher
 from loreg.errors import BadInput, BaseMismatch, Unsupported
 from loreg.format.fingerprint import BaseTensor
+from loreg.format.manifest import AdapterManifest
 from loreg.format.methods import METHODS
 from loreg.merge.edits import TensorEdit, edits_of, untied_of
 from loreg.merge.inputs import AdapterInput
@@ -177,20 +178,32 @@ def check_base(adapters: Sequence[AdapterInput], places: Mapping[str, Place]) ->
     """
     leaves: dict[str, _Leaves] = {}
     for adapter in adapters:
-        touched = adapter.manifest.base.touched
-        differing = []
-        for name, leaf in sorted(touched.items()):
-            if name in places:  # what is not there follows what it is tied to
-                here = leaves.setdefault(name, _Leaves(name, places[name]))
-                if not here.has(leaf):
-                    differing.append(places[name].name)
-        if differing:
-            shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        if found := differing(adapter.manifest, places, leaves):
+            names = [places[name].name if name in places else name for name in found]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise BaseMismatch(
                 f"{adapter.label} was trained on {adapter.manifest.base.name!r}, and the model differs from it in "
-                f"{len(differing)} of the {len(touched)} tensors that it adapts: {shown}. Load that base, in its own "
-                "dtype or a wider one, with nothing merged into it; or give check='none', if it is to be another."
+                f"{len(names)} of the {len(adapter.manifest.base.touched)} tensors that it adapts: {shown}. Load "
+                "that base, in its own dtype or a wider one, with nothing merged into it; or give check='none', if "
+                "it is to be another."
             )
+
+
+def differing(
+    manifest: AdapterManifest, places: Mapping[str, Place], leaves: dict[str, _Leaves] | None = None
+) -> list[str]:
+    """Of the tensors that the version knows of its base, those that are elsewhere other ones, or nowhere, in order.
+    ``leaves``: what is known already of those in the model."""
+    known = leaves if leaves is not None else {}
+    follows = {name for name, tie in manifest.ties.items() if not tie.untied}  # what it is tied to tells
+    found = []
+    for name, leaf in sorted(manifest.base.touched.items()):
+        if name in places:
+            if not known.setdefault(name, _Leaves(name, places[name])).has(leaf):
+                found.append(name)
+        elif name not in follows:
+            found.append(name)
+    return found
 
 
 class _Leaves:

@@ -82,6 +82,33 @@ def test_initial_factors_are_exported_as_peft_converts_them(registry: Registry, 
     assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 8, 12)
 
 
+FOLDED = ["Rank and alpha patterns, rsLoRA", "PiSSA, rsLoRA and patterns", "Embedding, rsLoRA", "Conv1D (GPT-2)"]
+BEYOND = ["DoRA: Conv1D (GPT-2)", "`lora_bias`, `bias='all'`", "`modules_to_save`: both, `ensure_weight_tying`"]
+
+
+@pytest.mark.parametrize("variant", FOLDED)
+def test_folded_scales_need_no_more_than_r_and_lora_alpha(variant: str, registry: Registry, tmp_path: Path) -> None:
+    built = _composed(variant, registry, tmp_path)
+    registry.export("adapter", tmp_path / "folded", format="folded")
+    config = json.loads((tmp_path / "folded" / "adapter_config.json").read_text())
+    factors = load_file(tmp_path / "folded" / "adapter_model.safetensors")
+    assert config["lora_alpha"] == config["r"]
+    assert not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
+    assert not any("." in target for target in config["target_modules"])
+    assert {min(tensor.shape) for tensor in factors.values()} == {config["r"]}
+    assert built.reload is not None
+    off = (built.reload(tmp_path / "folded") - built.expected).abs().max() / built.expected.abs().max()
+    assert float(off) <= 1e-6
+
+
+@pytest.mark.parametrize("variant", BEYOND)
+def test_what_has_no_folded_form_is_refused(variant: str, registry: Registry, tmp_path: Path) -> None:
+    _composed(variant, registry, tmp_path)
+    with pytest.raises(Unsupported, match="no form with folded scales"):
+        registry.export("same", tmp_path / "folded", format="folded")
+    assert not (tmp_path / "folded").exists()
+
+
 # Models that are not called on disk as they are in memory
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -1,0 +1,273 @@
+"""Directories that are served: immutable, named by a digest, there as a whole or not at all, within a limit of bytes.
+
+Beside each lies a record of what is in it, ``<name>.record``, so that whoever finds one knows what its files have to
+be without asking the store. A directory that is in use is locked, shared, by whoever uses it: none of those is
+deleted, nor one that was handed out within the last hour, as its user may be about to open it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from loreg.checkpoint import FileStamp
+from loreg.digest import Digest, Hasher, fingerprint
+from loreg.errors import BadInput, CheckFailed, Conflict, LoregError
+from loreg.format import canonical_json
+from loreg.format.fields import Fields
+from loreg.format.manifest import check_file_name
+from loreg.staging import is_open_at, staged, sync_tree
+
+Files = Iterator[tuple[str, Iterable[bytes | memoryview]]]
+Check = Callable[[Digest, Path], Digest]
+SPARED = 3600.0
+"""Seconds since it was handed out in which a directory stays, whatever the limit."""
+_NOTED = 60.0
+"""Seconds within which a use is not noted again."""
+_RECORD = "loreg-served-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a directory has to be: each file's digest and size; and what the version says of itself."""
+
+    version: Digest
+    base: Digest
+    max_rank: int
+    files: Mapping[str, tuple[Digest, int]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for _, size in self.files.values())
+
+    def dump(self) -> bytes:
+        """Sealed: its first line is the digest of the second."""
+        files = {name: {"digest": str(digest), "size": size} for name, (digest, size) in self.files.items()}
+        document = {
+            "format": _RECORD, "version": str(self.version), "base": str(self.base), "max_rank": self.max_rank,
+            "files": files,
+        }  # fmt: skip
+        line = canonical_json.dumps(document)
+        return f"{Digest.of(line)}\n".encode() + line
+
+    @classmethod
+    def parse(cls, data: bytes) -> Record:
+        """Raises BadInput."""
+        seal, _, line = data.partition(b"\n")
+        if seal.decode("ascii", "replace") != str(Digest.of(line)):
+            raise BadInput("the record of a served directory does not have the digest that it says.")
+        with Fields(canonical_json.loads_canonical(line, what="record"), "record") as f:
+            f.choice("format", _RECORD)
+            files = dict[str, tuple[Digest, int]]()
+            for name, entry in f.mapping("files"):
+                with entry as each:
+                    files[check_file_name(name, "record")] = each.digest("digest"), each.natural("size")
+            return cls(f.digest("version"), f.digest("base"), f.natural("max_rank"), files)
+
+
+class Directories:
+    """Below ``root``, at most about ``limit`` bytes: those whose last use is longest ago leave.
+
+    ``check(digest, path)`` says what a file's digest is; it may remember that of a file that nobody has changed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        limit: int | None = None,
+        spared: float = SPARED,
+        check: Check | None = None,
+    ) -> None:
+        self.root = root
+        self.limit = limit
+        self.spared = spared
+        self.evicted = 0
+        self._check = check or _hashed
+        self._noted: dict[str, float] = {}
+        self._added, self._swept = 0, False
+
+    def path(self, name: str) -> Path:
+        """Where the directory of that name is, if there is one."""
+        return self.root / name
+
+    def find(self, name: str) -> Record | None:
+        """The record of a directory that is there, each file of it looked at. None if there is none.
+
+        Raises BadInput if a file is not what the record says: it stays as it is, for whoever wants to look.
+        """
+        try:
+            record = Record.parse(self._record(name).read_bytes())
+        except (OSError, LoregError):  # none, or one that says nothing: the store knows what it has to say
+            return None
+        if not self.path(name).is_dir():
+            return None
+        self.note(name)
+        self._require(name, record, self._check)
+        return record
+
+    def make(
+        self, name: str, files: Callable[[], Files], describe: Callable[[Mapping[str, tuple[Digest, int]]], Record]
+    ) -> Record:
+        """The directory of that name with ``files``; one that is there has to have them.
+
+        ``describe`` makes the record of what was written. Raises CheckFailed for what the disk says, BadInput if what
+        is there is something else; and what ``files`` raises. Nothing is there then.
+        """
+        path = self.path(name)
+        if not path.is_dir():
+            try:
+                with staged(path, Digest.of(name.encode()), wait=True) as folder:
+                    record = describe(dict(_written(folder, files())))
+                    sync_tree(folder)
+                self._keep(name, record)
+                return record
+            except Conflict:
+                # Another was faster: a directory of this name can only be the same one, and whole.
+                if not path.is_dir():
+                    raise
+        if (known := self.find(name)) is not None:
+            return known
+        prints = {file: fingerprint(chunks) for file, chunks in files()}
+        record = describe({file: (found.digest, found.size) for file, found in prints.items()})
+        self._require(name, record, _hashed)
+        self._keep(name, record)
+        return record
+
+    def note(self, name: str) -> None:
+        """That a directory was used just now."""
+        now = time.time()
+        if now - self._noted.get(name, 0.0) > _NOTED:
+            self._noted[name] = now
+            with suppress(OSError):
+                os.utime(self._record(name))
+
+    @contextmanager
+    def pinned(self, name: str) -> Iterator[Path]:
+        """A directory that is there, and stays as long as the block does. Raises Conflict if it is gone."""
+        path = self.path(name)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Conflict(f"{path} was deleted just now: resolve it again.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not is_open_at(path, lock):  # it was deleted between the two
+                raise Conflict(f"{path} was deleted just now: resolve it again.")
+            yield path
+        finally:
+            os.close(lock)
+
+    def sweep(self, spared: float | None = None) -> int:
+        """Delete the least recently used as long as all are more than ``limit``; the bytes that are left."""
+        self._swept, self._added = True, 0
+        spared = self.spared if spared is None else spared
+        found = sorted(self._all(), key=lambda each: each[1])
+        left = sum(size for _, _, size in found)
+        now = time.time()
+        for name, used, size in found:
+            if self.limit is None or left <= self.limit:
+                break
+            if now - used >= spared and self._delete(name):
+                left -= size
+        return left
+
+    def _require(self, name: str, record: Record, check: Check) -> None:
+        """Raises BadInput unless each file is what the record says."""
+        for file, (digest, size) in record.files.items():
+            path = self.path(name) / file
+            if not _is_file_of(path, size) or check(digest, path) != digest:
+                raise BadInput(
+                    f"{path} is damaged: expected {size} bytes with digest {digest}; remove {self.path(name)}, and "
+                    "it is made again."
+                )
+
+    def _keep(self, name: str, record: Record) -> None:
+        partial = self.root / f".{name}.{os.urandom(8).hex()}.record"
+        try:
+            partial.write_bytes(record.dump())
+            partial.replace(self._record(name))
+        except OSError as error:
+            raise CheckFailed(
+                f"{self._record(name)} cannot be written: {error.strerror}; free some space, or check the disk."
+            ) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        self._noted[name] = time.time()
+        self._added += record.nbytes
+        if self.limit is not None and (not self._swept or self._added > self.limit // 64):
+            self.sweep()
+
+    def _record(self, name: str) -> Path:
+        return self.root / f"{name}.record"
+
+    def _all(self) -> Iterator[tuple[str, float, int]]:
+        """Name, last use and bytes of each that has a record."""
+        with suppress(OSError):
+            for file in self.root.glob("*.record"):
+                with suppress(OSError, LoregError):
+                    if not file.name.startswith("."):
+                        used = file.stat().st_mtime
+                        yield file.name.removesuffix(".record"), used, Record.parse(file.read_bytes()).nbytes
+
+    def _delete(self, name: str) -> bool:
+        """Unless it is in use."""
+        path, gone = self.path(name), self.root / f".{name}.{os.urandom(8).hex()}.gone"
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._record(name).unlink(missing_ok=True)
+            return True
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.rename(gone)
+            self._record(name).unlink(missing_ok=True)
+            shutil.rmtree(gone, ignore_errors=True)
+        except OSError:
+            return False
+        finally:
+            os.close(lock)
+        self.evicted += 1
+        return True
+
+
+def _written(folder: Path, files: Files) -> Iterator[tuple[str, tuple[Digest, int]]]:
+    for name, chunks in files:
+        hasher = Hasher(Hasher.ALL)
+        size = 0
+        with (folder / name).open("wb") as file:
+            for chunk in chunks:
+                hasher.update(chunk)
+                size += file.write(chunk)
+            os.fchmod(file.fileno(), 0o444)
+        yield name, (hasher.digest(), size)
+
+
+def stamps(folder: Path, record: Record) -> tuple[FileStamp, ...]:
+    """What ``stat`` says of the files, by which a change would be seen. Raises NotFound if one is gone."""
+    return tuple(FileStamp.of(folder / name) for name in record.files)
+
+
+def _is_file_of(path: Path, size: int) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+
+def _hashed(_: Digest, path: Path) -> Digest:
+    hasher = Hasher(Hasher.ALL)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.digest()
