@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from loreg.serving.attaching import Live, State, attach
 from loreg.serving.bases import Fit, check_base
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 
-__all__ = ["Fit", "Merged", "Resolved", "check_base", "load", "merge_", "resolve", "resolve_async", "unmerge_"]
+__all__ = [
+    "Fit",
+    "Live",
+    "Merged",
+    "Resolved",
+    "State",
+    "attach",
+    "check_base",
+    "load",
+    "merge_",
+    "resolve",
+    "resolve_async",
+    "unmerge_",
+]

@@ -39,6 +39,7 @@ class Space(threading.local):
 
     def __init__(self) -> None:
         self.workspace = Workspace()
+        self.other = Workspace()  # of a second edit, that goes on from what the first has made of a tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,12 +142,27 @@ class Editing:
                 prepared.tile(W, first, out)
                 W.copy_(out)
                 continue
-            small = workspace.take("residual", W.numel(), torch.int8, W.device)
-            kept: Corrections | Tensor = Corrections.of(small, prepared.tile(W, first, out, small.view(W.shape)))
-            if kept.nbytes >= W.nbytes:
-                kept = W.clone()
+            piece = self.piece(prepared, W, first, out, workspace)
             W.copy_(out)
-            self.pieces.append(Piece(first, len(W), kept))
+            self.pieces.append(piece)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether each tile is edited on its own: a sum that reads nothing of the weight."""
+        return self.edit.plain is not None
+
+    def prepared(self, weight: Tensor, workspace: Workspace, back: bool = False) -> Prepared | Stacked:
+        """The edit of a tile, or what takes it back; of one that is ``tiled``."""
+        value = self.edit.load(no_base)
+        return self._prepare(-value if back else value, weight, workspace, residual=not back)
+
+    def piece(self, prepared: Prepared | Stacked, W: Tensor, first: int, out: Tensor, workspace: Workspace) -> Piece:
+        """Rows from the ``first``, edited into ``out``, and what undoes that. Writes nothing else."""
+        small = workspace.take("residual", W.numel(), torch.int8, W.device)
+        kept: Corrections | Tensor = Corrections.of(small, prepared.tile(W, first, out, small.view(W.shape)))
+        if kept.nbytes >= W.nbytes:
+            kept = W.clone()
+        return Piece(first, len(W), kept)
 
     @property
     def whole(self) -> Corrections | None:
@@ -172,7 +188,7 @@ class Editing:
                     W.copy_(kept.view(W.shape))
                 else:
                     if prepared is None:
-                        prepared = self._prepare(-self.edit.load(no_base), weight, workspace)
+                        prepared = self.prepared(weight, workspace, back=True)
                     out = workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
                     prepared.tile(W, first, out)
                     kept.to(W.device).add_to(out.view(-1))

@@ -90,10 +90,10 @@ def _same(hub: HubPin | None, reference: BaseReference) -> bool:
 
 
 def _fit_of_model(version: Version, model: Any) -> Fit:
-    from loreg.serving.places import Live
+    from loreg.serving.places import Tensors
     from loreg.serving.targets import differing
 
     manifest = version.manifest
-    places = Live(model).find(dict.fromkeys({*manifest.base.touched, *manifest.ties}, ()))
+    places = Tensors(model).find(dict.fromkeys({*manifest.base.touched, *manifest.ties}, ()))
     wrong = differing(manifest, places)
     return Fit(Match.NONE if wrong or not manifest.base.touched else Match.TOUCHED, tuple(wrong))

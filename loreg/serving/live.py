@@ -10,7 +10,7 @@ integer for about one element in a hundred, and no copy of the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,14 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from loreg.errors import Conflict, Unsupported, UsageError
 from loreg.format import methods
 from loreg.merge.combining import Combining
-from loreg.merge.inputs import in_recipe_order
+from loreg.merge.inputs import AdapterInput, in_recipe_order
 from loreg.registry import Registry
-from loreg.registry import open as open_registry
 from loreg.registry.inputs import resolve_terms
-from loreg.serving import merging
+from loreg.serving import merging, swapping
 from loreg.serving.applying import Edit, Editing
+from loreg.serving.defaults import default_registry
 from loreg.serving.merging import Ahead
-from loreg.serving.places import Live, tensors_of
+from loreg.serving.places import Place, Tensors, tensors_of
 from loreg.serving.targets import Targets, check_base
 
 Check = Literal["touched", "none"]
@@ -89,9 +89,13 @@ def unmerge_(model: torch.nn.Module, merged: Merged) -> None:
 @dataclass(frozen=True, slots=True, eq=False)
 class Ready:
     """A merge whose expression is resolved, whose tensors are found in the model, and whose factors are loaded: on
-    the device, where a merge is a launch there, as long as this is held. ``Merged.undo`` is then faster too."""
+    the device, where a merge is a launch there, as long as this is held. ``Merged.undo`` is then faster too.
+
+    ``places``: of every tensor that is edited, or that an adapter knows of its base, by the checkpoint's names."""
 
     expression: str
+    adapters: tuple[AdapterInput, ...]
+    places: Mapping[str, Place]
     edits: tuple[Edit, ...]
     threads: int | None
     ahead: Ahead
@@ -99,13 +103,35 @@ class Ready:
     def apply(self) -> Merged:
         """Edit the parameters, as they are now; as often as what is returned is undone."""
         tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
-        before = {name: _state(tensor) for name, tensor in tensors.items()}
+        before = {name: state_of(tensor) for name, tensor in tensors.items()}
 
         def restored() -> None:
             for name, tensor in tensors.items():
                 _same_as(tensor, before[name])  # so that an earlier merge can still be taken back
 
         done = merging.merge(self.edits, self.threads, self.ahead, restored)
+        return Merged(self.expression, tuple(done), tensors, before, self.threads)
+
+    def replace(self, model: torch.nn.Module, merged: Merged) -> Merged:
+        """Take ``merged`` out of ``model`` and edit the parameters as they then are, in one pass: all or nothing.
+
+        Raises what ``Merged.undo`` does.
+        """
+        merged.check(model)
+        tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
+        before = {name: merged.before.get(name) or state_of(tensor) for name, tensor in tensors.items()}
+        now = {name: state_of(tensor) for name, tensor in tensors.items()} | merged.after
+
+        def kept(editings: list[Editing]) -> None:
+            merged.editings = tuple(editings)
+            for name, tensor in {**tensors, **merged.tensors}.items():
+                _same_as(tensor, now[name])
+
+        done = swapping.swap(merged.editings, self.edits, self.threads, self.ahead, kept)
+        merged.undone = True
+        for name, tensor in merged.tensors.items():
+            if name not in tensors:
+                _same_as(tensor, merged.before[name])
         return Merged(self.expression, tuple(done), tensors, before, self.threads)
 
 
@@ -118,13 +144,12 @@ def prepare(
     parameters: Mapping[str, Any] | None = None,
     check: Check = "touched",
     threads: int | None = None,
+    scale: float = 1.0,
 ) -> Ready:
-    """All of ``merge_`` but the merge itself, which ``apply`` of what is returned does. Raises what it does."""
+    """All of ``merge_`` but the merge itself, which ``apply`` of what is returned does. Raises what it does.
+    ``scale``: of all weights of the expression, each product rounded once."""
     if registry is None:
-        with open_registry() as opened:
-            return prepare(
-                model, expression, opened, method=method, parameters=parameters, check=check, threads=threads
-            )
+        registry = default_registry()
     if check not in ("touched", "none"):
         raise UsageError(f"{check!r} is not a kind of check: expected 'touched' or 'none'.")
     if threads is not None and threads < 1:
@@ -133,17 +158,18 @@ def prepare(
     settings = methods.parameters(method, parameters or {})
     if row.composes_only:
         raise Unsupported(f"{method} works on factors: compose a version by it (Registry.compose), and merge that.")
-    adapters = resolve_terms(registry, expression)
+    adapters = [replace(each, weight=scale * each.weight) for each in resolve_terms(registry, expression)]
     kept = tuple(in_recipe_order(adapters))
     if not row.keeps_terms:
         methods.check_count(method, settings, len(kept))
-    targets = Targets(Live(model), kept, method)
+    targets = Targets(Tensors(model), kept, method)
     found = targets.all()
+    places = targets.places({target.name: target.edit for target in found})
     if check == "touched":
-        check_base(kept, targets.places({target.name: target.edit for target in found}))
+        check_base(kept, places)
     combining = Combining(kept, method, settings)
     edits = tuple(Edit.of(target, combining) for target in found)
-    return Ready(expression, edits, threads, Ahead(edits))
+    return Ready(expression, kept, places, edits, threads, Ahead(edits))
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +185,7 @@ class Merged:
     undone: bool = False
 
     def __post_init__(self) -> None:
-        self.after = {name: _state(tensor) for name, tensor in self.tensors.items()}
+        self.after = {name: state_of(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def touched_bytes(self) -> int:
@@ -173,32 +199,36 @@ class Merged:
 
     def undo(self, model: torch.nn.Module) -> None:
         """See ``unmerge_``."""
+        self.check(model)
+        try:
+            merging.unmerge(self.editings, self.threads)
+        except BaseException:
+            self.after = {name: state_of(tensor) for name, tensor in self.tensors.items()}
+            raise
+        self.undone = True
+        for name, tensor in self.tensors.items():
+            _same_as(tensor, self.before[name])
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Raises UsageError or Conflict unless it is in ``model``, as it was merged."""
         if self.undone:
             raise UsageError(f"{self.expression!r} was taken out of the model already.")
         live = tensors_of(model)
         for name, tensor in self.tensors.items():
             if live.get(name) is not tensor:
                 raise UsageError(f"{name!r} of the model is not the tensor that {self.expression!r} was merged into.")
-            if _state(tensor) != self.after[name]:
+            if state_of(tensor) != self.after[name]:
                 raise Conflict(
                     f"{name!r} was changed since {self.expression!r} was merged into it, and taking that back would "
                     "not give what was there before: take back later merges first, or load the model again."
                 )
-        try:
-            merging.unmerge(self.editings, self.threads)
-        except BaseException:
-            self.after = {name: _state(tensor) for name, tensor in self.tensors.items()}
-            raise
-        self.undone = True
-        for name, tensor in self.tensors.items():
-            _same_as(tensor, self.before[name])
 
 
 _RESTORED = WeakIdKeyDictionary()
 """Tensor → (its version after an unmerge, the earlier version that it then has the bytes of)."""
 
 
-def _state(tensor: torch.Tensor) -> State:
+def state_of(tensor: torch.Tensor) -> State:
     """What is known of the values of a tensor without a look at them: its dtype, and torch's count of its changes in
     place, which an unmerge turns back. None for inference tensors, whose changes are not counted.
     """

@@ -156,7 +156,7 @@ def merge(
         for device, here in _by_device(editings).items():
             launched, others = _divided(here)
             first = [partial(_apply, launched, ahead)] if launched else []
-            _run(device, threads, first, [partial(editing.apply, space) for editing in others])
+            run(device, threads, first, [partial(editing.apply, space) for editing in others])
     except BaseException:
         while True:
             try:
@@ -173,10 +173,31 @@ def unmerge(editings: Sequence[Editing], threads: int | None) -> None:
     """What is not taken back yet; after an interruption it may be called again."""
     space = Space()
     for device, here in _by_device(editings).items():
-        begun = {id(one.returning): one.returning for one in here if one.returning is not None}
-        launched, _ = _divided([one for one in here if one.returning is None])
-        jobs = [one.run for one in (*begun.values(), *([Returning(launched)] if launched else []))]
-        _run(device, threads, jobs, [partial(editing.undo, space) for editing in here])
+        run(device, threads, _returning(here), [partial(editing.undo, space) for editing in here])
+
+
+def _returning(editings: Sequence[Editing]) -> list[Callable[[], None]]:
+    """What takes those back that are launched; what has begun goes on."""
+    begun = {id(one.returning): one.returning for one in editings if one.returning is not None}
+    launched, _ = _divided([one for one in editings if one.returning is None])
+    return [one.run for one in (*begun.values(), *([Returning(launched)] if launched else []))]
+
+
+def apply_here(editings: Sequence[Editing], ahead: Ahead, space: Space) -> None:
+    """All of one device, in this thread. Where it fails some are applied, each as a whole or in part."""
+    launched, others = _divided(editings)
+    if launched:
+        _apply(launched, ahead)
+    for editing in others:
+        editing.apply(space)
+
+
+def undo_here(editings: Sequence[Editing], space: Space) -> None:
+    """All of one device, in this thread. May be called again where it was interrupted."""
+    for job in _returning(editings):
+        job()
+    for editing in editings:
+        editing.undo(space)
 
 
 def _by_device(editings: Sequence[Editing]) -> dict[torch.device, list[Editing]]:
@@ -192,7 +213,7 @@ def _divided(editings: Sequence[Editing]) -> tuple[list[Editing], list[Editing]]
     return [editing for editing, launched in here if launched], [one for one, launched in here if not launched]
 
 
-def _run(device: torch.device, threads: int | None, *stages: Sequence[Callable[[], None]]) -> None:
+def run(device: torch.device, threads: int | None, *stages: Sequence[Callable[[], None]]) -> None:
     """One stage after the other, in threads, which no KeyboardInterrupt reaches."""
     if device.type == "cuda":  # the threads' streams are not the caller's
         torch.cuda.synchronize(device)

@@ -91,7 +91,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-class Live:
+class Tensors:
     """The parameters and buffers of a model, by the names that a checkpoint has for them."""
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -132,7 +132,7 @@ class Resolver:
             raise UsageError(f"{form!r} is not a form of a directory: expected one of {', '.join(_FORMS)}.")
         if timeout is not None and timeout < 0:
             raise UsageError(f"timeout is {timeout}: expected seconds, at least 0.")
-        row = self._row(reference)
+        row = self.find(reference)
         name = row.digest.hex + _FORMS[form][0]
         if base is not None:
             self._check_base(row, base)
@@ -142,7 +142,8 @@ class Resolver:
         self._refuse_large(row, record.nbytes, max_bytes)
         return Resolved(row.digest, self.directories.path(name), record.base, record.max_rank, record.nbytes)
 
-    def _row(self, reference: str) -> VersionRow:
+    def find(self, reference: str) -> VersionRow:
+        """What ``Registry.find`` says, without asking again as long as nobody has committed anything."""
         stamp = self._registry.database.stamp()
         known = self._rows.get(reference)
         if known is not None and stamp is not None and known[0] == stamp:

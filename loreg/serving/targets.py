@@ -16,7 +16,7 @@ from loreg.format.manifest import AdapterManifest
 from loreg.format.methods import METHODS
 from loreg.merge.edits import TensorEdit, edits_of, untied_of
 from loreg.merge.inputs import AdapterInput
-from loreg.serving.places import Live, Place
+from loreg.serving.places import Place, Tensors
 from loreg.tensors import NAMES, to_memory
 
 
@@ -33,7 +33,7 @@ class Target:
 class Targets:
     """All of a merge by ``method``, and everything that its ``adapters`` name, by the names of the checkpoint."""
 
-    live: Live
+    live: Tensors
     adapters: tuple[AdapterInput, ...]
     method: str
 
@@ -176,21 +176,14 @@ def check_base(adapters: Sequence[AdapterInput], places: Mapping[str, Place]) ->
     A parameter of a wider dtype than the base's is as good, if its values are those of the narrower one. Reads each
     once; those on a CUDA device are copied to the host for it.
     """
-    leaves: dict[str, _Leaves] = {}
+    leaves: dict[str, Leaves] = {}
     for adapter in adapters:
         if found := differing(adapter.manifest, places, leaves):
-            names = [places[name].name if name in places else name for name in found]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise BaseMismatch(
-                f"{adapter.label} was trained on {adapter.manifest.base.name!r}, and the model differs from it in "
-                f"{len(names)} of the {len(adapter.manifest.base.touched)} tensors that it adapts: {shown}. Load "
-                "that base, in its own dtype or a wider one, with nothing merged into it; or give check='none', if "
-                "it is to be another."
-            )
+            raise mismatch(adapter, [places[name].name if name in places else name for name in found])
 
 
 def differing(
-    manifest: AdapterManifest, places: Mapping[str, Place], leaves: dict[str, _Leaves] | None = None
+    manifest: AdapterManifest, places: Mapping[str, Place], leaves: dict[str, Leaves] | None = None
 ) -> list[str]:
     """Of the tensors that the version knows of its base, those that are elsewhere other ones, or nowhere, in order.
     ``leaves``: what is known already of those in the model."""
@@ -199,20 +192,37 @@ def differing(
     found = []
     for name, leaf in sorted(manifest.base.touched.items()):
         if name in places:
-            if not known.setdefault(name, _Leaves(name, places[name])).has(leaf):
+            if not known.setdefault(name, Leaves(name, places[name])).has(leaf):
                 found.append(name)
         elif name not in follows:
             found.append(name)
     return found
 
 
-class _Leaves:
+def mismatch(adapter: AdapterInput, names: Sequence[str]) -> BaseMismatch:
+    """Of which the model has other bytes than the adapter's base, or nothing."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return BaseMismatch(
+        f"{adapter.label} was trained on {adapter.manifest.base.name!r}, and the model differs from it in "
+        f"{len(names)} of the {len(adapter.manifest.base.touched)} tensors that it adapts: {shown}. Load that base, "
+        "in its own dtype or a wider one, with nothing merged into it; or give check='none', if it is to be another."
+    )
+
+
+class Leaves:
     """The leaves [B1] that a tensor of the model has: in its own dtype, and in those that hold its values exactly."""
 
     def __init__(self, name: str, place: Place) -> None:
         self._name, self._place = name, place
         self._known: list[Digest] = []
         self._rest = self._all()
+
+    @property
+    def own(self) -> Digest:
+        """The one in its own dtype, as it was when it was asked for first."""
+        if not self._known:
+            self._known.append(next(self._rest))
+        return self._known[0]
 
     def has(self, leaf: Digest) -> bool:
         """Looks no further than it has to."""
