@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,9 +60,14 @@ class Edit:
             if path is not None
         ]
         replaces = any(part.full is not None for part in target.edit.parts)
-        is_plain = METHODS[combining.method].keeps_terms and not replaces and all(m.plain for m in modules)
+        is_sum = METHODS[combining.method].keeps_terms and not replaces and all(m.exact for m in modules)
         bare = cls(target, combining, None)
-        return cls(target, combining, bare.load(no_base)) if is_plain else bare
+        value = None
+        if is_sum:
+            with suppress(ReadsBase):
+                value = bare.load(no_base)
+        is_small = value is not None and (not value.dense or all(m.plain for m in modules))
+        return cls(target, combining, value) if is_small else bare
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -210,8 +216,12 @@ class Editing:
         )  # fmt: skip
 
 
+class ReadsBase(BadInput):
+    """Of an edit that is to be known without the base's own values."""
+
+
 def no_base() -> Tensor:
-    raise BadInput("an edit that is to be known without the base's own values reads them.")
+    raise ReadsBase("an edit that is to be known without the base's own values reads them.")
 
 
 def _step(rows: Tensor) -> int:
