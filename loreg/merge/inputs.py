@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class AdapterInput:
     """A version to be merged, at a weight. ``blobs``: the files of its blobs, verified by whoever hands them in;
     that they stay what they were then is ``check_unchanged``'s to say.
 
-    ``label`` is what the user called it, for messages.
+    ``label`` is what the user called it, for messages. ``open_factors``: how the tensors of the factors blob are
+    brought; ``blobs`` has others.
     """
 
     label: str
@@ -41,6 +42,7 @@ class AdapterInput:
     digest: Digest
     manifest: AdapterManifest
     blobs: Mapping[Digest, Path]
+    open_factors: Callable[[Path], BlobReader] = field(default_factory=lambda: BlobReader, compare=False)
 
     def __post_init__(self) -> None:
         _ = self._stamps  # taken now
@@ -63,7 +65,7 @@ class AdapterInput:
         blob = self.manifest.blob("factors")
         if blob is None:
             raise BadInput(f"{self.label} has no factors: its manifest lists no such blob.")
-        return BlobReader(self.blobs[blob.digest])
+        return self.open_factors(self.blobs[blob.digest])
 
     def weight_edit(self, path: str, base: Base, device: torch.device = CPU) -> WeightedSum:
         """What the module at ``path`` does to its weight, unweighted, on ``device``: as the checkpoint orients it.
@@ -142,11 +144,14 @@ class BlobReader:
         self.shard = Shard(path, self.header, stamp)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU."""
+        """One tensor by its name. Raises BadInput if there is none, or its bytes are not to be had."""
         if name not in self._infos:
             raise BadInput(f"Blob {self.path.name} has no tensor {name!r}, which its manifest lists.")
-        info = self._infos[name]
-        return read_values(StoredTensor(info, self.shard))
+        return self.bring(StoredTensor(self._infos[name], self.shard))
+
+    def bring(self, stored: StoredTensor) -> torch.Tensor:
+        """Where a tensor goes: here, into memory of its own on the CPU."""
+        return read_values(stored)
 
 
 def mapped(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:

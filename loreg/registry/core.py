@@ -153,9 +153,9 @@ class Registry(Versions):
     def load(self, reference: str, device: str = "cpu") -> dict[str, LowRank]:
         """Module path → its delta on ``device``, in the orientation in which the checkpoint stores the weight.
 
-        The stored factors and scale as they are; a composed module's several terms are stacked into float64
-        factors of scale 1, each element off by at most 2⁻⁵³ of itself. Replaced tensors and biases are not in
-        it (``resolve(reference).manifest`` lists them).
+        The stored factors and scale as they are, on a CPU as views of a private mapping of the verified blob; a
+        composed module's several terms are stacked into float64 factors of scale 1, each element off by at most 2⁻⁵³
+        of itself. Replaced tensors and biases are not in it (``resolve(reference).manifest`` lists them).
         """
         from loreg.registry.inputs import load
 

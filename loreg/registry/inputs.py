@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -10,6 +12,7 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.errors import NotFound, UsageError
 from loreg.format.recipe import Recipe
 from loreg.format.reference import Reference, parse_expression
+from loreg.merge.blobs import MappedBlob, StreamedBlob
 from loreg.merge.inputs import AdapterInput
 from loreg.registry.core import Registry
 from loreg.registry.versions import Version
@@ -73,14 +76,26 @@ def recipe_inputs(registry: Registry, recipe: Recipe) -> list[AdapterInput]:
     return [adapter_input(registry, registry.resolve(str(term.adapter)), term.value) for term in recipe.terms]
 
 
-def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank]:
-    """See ``Registry.load``."""
+def low_rank(
+    registry: Registry, version: Version, device: torch.device, paths: Iterable[str]
+) -> Iterator[tuple[str, tuple[LowRank, ...]]]:
+    """The deltas of the modules at ``paths``, each as the terms that are stored, in the order given; on a CPU as
+    views of the factors blob (``merge.blobs.MappedBlob``), verified. Raises NotFound, BadInput; Unsupported for a
+    module that is no sum of products of two matrices."""
     from loreg.registry.building import factors
 
-    target = choose_device(device)
-    adapter = adapter_input(registry, version, 1.0)
-    deltas = {}
-    for path in version.manifest.modules:
-        terms = factors(adapter, path, target)
-        deltas[path] = terms[0] if len(terms) == 1 else concatenate(terms, torch.float64)
-    return deltas
+    blob = version.manifest.blob("factors")
+    if blob is None:
+        return
+    blobs = {blob.digest: registry.storage.path(blob.digest)}
+    open_factors = MappedBlob if device.type == "cpu" else partial(StreamedBlob, device=device)
+    adapter = AdapterInput(str(version), 1.0, version.digest, version.manifest, blobs, open_factors)
+    for path in paths:
+        yield path, factors(adapter, path, device)
+    adapter.check_unchanged()
+
+
+def load(registry: Registry, version: Version, device: str) -> dict[str, LowRank]:
+    """See ``Registry.load``."""
+    found = low_rank(registry, version, choose_device(device), version.manifest.modules)
+    return {path: terms[0] if len(terms) == 1 else concatenate(terms, torch.float64) for path, terms in found}

@@ -1,0 +1,94 @@
+"""Other ways than a copy in memory to have the tensors of a blob: views of its file, or on a CUDA device."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from loreg.checkpoint import StoredTensor, open_binary, read_exactly
+from loreg.errors import BadInput
+from loreg.merge.inputs import BlobReader
+from loreg.tensors import from_buffer, to_memory, torch_dtype
+
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ of linux/mman.h, which Python has no name for; since Linux 5.14."""
+
+_STAGE = 4 << 20
+"""Bytes of each of the two pinned buffers: to pin is slow, and to start a copy of that many costs little."""
+
+
+class MappedBlob(BlobReader):
+    """The tensors are views of one mapping of the file: no page is copied until somebody writes to it, and then for
+    this process alone. The mapping lasts as long as one of them does, also when the file is removed meanwhile.
+
+    Of a file that is cut in place while they are in use the pages behind its new end are gone, and the operating
+    system ends whoever touches one (SIGBUS); no store does that to a blob. What is amiss earlier is BadInput, as all
+    pages of a tensor are brought before it is handed out.
+    """
+
+    @cached_property
+    def _pages(self) -> mmap.mmap:
+        with open_binary(self.path) as file:
+            try:
+                return mmap.mmap(file.fileno(), self.shard.stamp.size, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise BadInput(f"{self.path} cannot be mapped: {error}; was it cut?") from error
+
+    def bring(self, stored: StoredTensor) -> torch.Tensor:
+        info = stored.info
+        kind = torch_dtype(info.dtype, info.name)
+        start, end = stored.offset, stored.offset + info.nbytes
+        if info.nbytes:
+            self._populate(start, end, info.name)
+        return from_buffer(memoryview(self._pages)[start:end], kind, info.shape)
+
+    def _populate(self, start: int, end: int, name: str) -> None:
+        """Bring the pages in one call, several times faster than one fault after the other; and what would be a
+        signal at a fault, such as an error of the disk, is an error of this call."""
+        first = start - start % mmap.PAGESIZE
+        try:
+            self._pages.madvise(_POPULATE_READ, first, end - first)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # an older kernel; then they come when they are touched
+                raise BadInput(f"{self.path} cannot be read up to the end of {name!r}: was it cut?") from error
+
+
+class _Stage(NamedTuple):
+    """A pinned buffer; ``copied`` is over when what was last in it has left."""
+
+    buffer: torch.Tensor
+    copied: torch.cuda.Event
+
+
+class StreamedBlob(BlobReader):
+    """The tensors are on a CUDA device, each read by pieces through pinned memory into its place there: while one
+    piece travels the next is read."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        super().__init__(path)
+        self._device = device
+
+    @cached_property
+    def _stages(self) -> tuple[_Stage, _Stage]:
+        one, two = (torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+        event: Any = torch.cuda.Event  # has no types
+        return _Stage(one, event()), _Stage(two, event())
+
+    def bring(self, stored: StoredTensor) -> torch.Tensor:
+        info = stored.info
+        kind = torch_dtype(info.dtype, info.name)
+        there = torch.empty(info.nbytes, dtype=torch.uint8, device=self._device)
+        with open_binary(self.path) as file, torch.cuda.device(self._device):
+            for number, first in enumerate(range(0, info.nbytes, _STAGE)):
+                stage = self._stages[number % 2]
+                piece = stage.buffer[: min(_STAGE, info.nbytes - first)]
+                stage.copied.synchronize()
+                read_exactly(file.fileno(), to_memory(piece), stored.offset + first, self.path)
+                there[first : first + len(piece)].copy_(piece, non_blocking=True)
+                stage.copied.record()
+        return there.view(kind).view(info.shape)

@@ -1,0 +1,236 @@
+"""``serving.load`` and ``Registry.load``: which modules, of which dtype, and as views of what is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import loreg
+from loreg import serving
+from loreg.errors import BadInput, NotFound, Unsupported, UsageError
+from loreg.merge import blobs
+from loreg.tensors import TORCH, to_memory
+
+Q, V = tiny.Q, tiny.V
+
+
+def blob_of(registry: loreg.Registry, name: str) -> Path:
+    blob = registry.resolve(name).manifest.blob("factors")
+    assert blob is not None
+    return registry.storage.path(blob.digest)
+
+
+def mappings() -> Iterator[str]:
+    with open("/proc/self/maps") as maps:
+        yield from maps
+
+
+def test_tensors_are_views_of_one_private_mapping(pushed: loreg.Registry) -> None:
+    path = blob_of(pushed, "sql")
+    before = path.read_bytes()
+    loaded = serving.load("sql", pushed)
+    found = [line.split() for line in mappings() if line.split()[-1] == str(path)]
+    (low, high), access = (int(end, 16) for end in found[0][0].split("-")), found[0][1]
+    assert len(found) == 1 and access == "rw-p"
+    for A, B, _ in loaded.values():
+        for factor in (A, B):
+            assert low <= factor.data_ptr() and factor.data_ptr() + factor.nbytes <= high
+            factor.zero_()  # in this process alone
+    assert path.read_bytes() == before
+    assert all(A.any() and B.any() for A, B, _ in serving.load("sql", pushed).values())
+
+
+def test_what_registry_load_gives_is_mapped_too(pushed: loreg.Registry) -> None:
+    deltas = pushed.load("sql")
+    path = str(blob_of(pushed, "sql"))
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mappings() if line.split()[-1] == path]
+    for delta in deltas.values():
+        assert any(low <= delta.left.data_ptr() < high for low, high in spans)
+
+
+def test_they_outlive_the_version_and_the_registry(pushed: loreg.Registry) -> None:
+    path = blob_of(pushed, "sql")
+    loaded = serving.load("sql", pushed)
+    expected = {name: (A.clone(), B.clone()) for name, (A, B, _) in loaded.items()}
+    pushed.remove("sql")
+    os.unlink(path)  # as a collection does in the end
+    pushed.close()
+    for name, (A, B, _) in loaded.items():
+        assert torch.equal(A, expected[name][0]) and torch.equal(B, expected[name][1])
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["q_proj"], [Q]),
+        (["self_attn.v_proj", Q], [Q, V]),
+        ([V], [V]),
+        (("layers.0.self_attn.q_proj",), [Q]),
+        (r".*\.(q|v)_proj", [Q, V]),
+        (r"model\.layers\.0\..*v_proj", [V]),
+        ([], []),
+    ],
+)
+def test_modules_are_chosen_as_peft_chooses_targets(pushed: loreg.Registry, modules: Any, expected: Any) -> None:
+    loaded = serving.load("sql", pushed, modules=modules)
+    assert list(loaded) == expected
+    for path, (A, B, scale) in loaded.items():
+        whole = serving.load("sql", pushed)[path]
+        assert torch.equal(A, whole[0]) and torch.equal(B, whole[1]) and scale == whole[2]
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "words"),
+    [
+        (["k_proj"], NotFound, r"no module 'k_proj': it has 2, called q_proj, v_proj"),
+        (["q_proj", "proj"], NotFound, "no module 'proj'"),
+        ("q_proj", NotFound, "no module that the expression 'q_proj' matches as a whole"),
+        ("(", UsageError, "modules: "),
+    ],
+)
+def test_modules_that_are_not_there(pushed: loreg.Registry, modules: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        serving.load("sql", pushed, modules=modules)
+
+
+def test_nothing_is_dropped_silently(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """What is no (A, B, scale) is refused by name, unless other modules are asked for."""
+    rng = np.random.default_rng(5)
+    plain = tiny.adapter()
+    biased = {Q: plain[Q]._replace(bias=tiny.normal(rng, "F32", 8)), V: plain[V]}
+    pushed.push(tiny.write_adapter(tmp_path / "biased", biased, lora_bias=True), base="base", name="biased")
+    full = {"lm_head.weight": tiny.normal(rng, "BF16", 10, 6)}
+    pushed.push(tiny.write_adapter(tmp_path / "full", plain, full=full), base="base", name="full")
+    with pytest.raises(Unsupported, match=r"biased:v1 has a trained bias at .*q_proj"):
+        serving.load("biased", pushed)
+    with pytest.raises(Unsupported, match=r"bias at .*q_proj"):
+        serving.load("biased", pushed, modules=["q_proj"])
+    assert list(serving.load("biased", pushed, modules=["v_proj"])) == [V]
+    with pytest.raises(Unsupported, match=r"full:v1 replaces 'lm_head.weight' outright"):
+        serving.load("full", pushed)
+    with pytest.raises(Unsupported, match=r"full:v1 replaces 'lm_head.weight' outright"):
+        serving.load("full", pushed, modules=["lm_head"])
+    assert list(serving.load("full", pushed, modules=["q_proj"])) == [Q]
+
+
+def test_what_depends_on_the_base_is_refused_by_name(pushed: loreg.Registry, tmp_path: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "dora", tiny.adapter(), use_dora=True)
+    file = folder / "adapter_model.safetensors"
+    tensors = tiny.contents(file)
+    rng = np.random.default_rng(6)
+    for path, rows in ((Q, 8), (V, 6)):
+        tensors[f"base_model.model.{path}.lora_magnitude_vector"] = tiny.normal(rng, "F32", rows)
+    file.write_bytes(tiny.container(tensors.items(), {"format": "pt"}))
+    pushed.push(folder, base="base", name="dora")
+    with pytest.raises(Unsupported, match=r"dora:v1 changes .*q_proj.* depends on the base's weight"):
+        serving.load("dora", pushed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("stored", ["F32", "BF16", "F16"])
+def test_each_value_is_rounded_once(pushed: loreg.Registry, tmp_path: Path, stored: str, dtype: torch.dtype) -> None:
+    adapter = tiny.adapter(seed=3, dtype=stored)
+    pushed.push(tiny.write_adapter(tmp_path / "other", adapter), base="base", name="other")
+    loaded = serving.load("other", pushed, dtype=dtype)
+    for path, (A, B, _) in loaded.items():
+        for factor, given in ((A, adapter[path].A), (B, adapter[path].B)):
+            assert factor.dtype == dtype and factor.is_contiguous()
+            exact = torch.frombuffer(bytearray(given.data), dtype=TORCH[stored]).view(given.shape).double()
+            nearest = exact.to(torch.float32).to(dtype)  # each stored value is a float32
+            assert bytes(to_memory(factor)) == bytes(to_memory(nearest))
+
+
+def test_a_float64_factor_is_rounded_once(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """By way of float32 it would be 1: half a step of bfloat16 above it, and a little more."""
+    adapter = tiny.adapter()
+    values = np.full((2, 6), 1 + 2.0**-8 + 2.0**-40)
+    adapter[Q] = adapter[Q]._replace(A=tiny.tensor("F64", values))
+    pushed.push(tiny.write_adapter(tmp_path / "other", adapter), base="base", name="other")
+    A = serving.load("other", pushed, dtype=torch.bfloat16, modules=["q_proj"])[Q][0]
+    assert (A == 1 + 2.0**-7).all()
+
+
+def test_a_value_that_the_dtype_cannot_hold(pushed: loreg.Registry, tmp_path: Path) -> None:
+    adapter = tiny.adapter()
+    for stored in ("F32", "BF16"):
+        adapter[V] = adapter[V]._replace(B=tiny.tensor(stored, np.full((6, 2), 1e6)))
+        pushed.push(tiny.write_adapter(tmp_path / stored, adapter), base="base", name=stored.lower())
+        with pytest.raises(BadInput, match=r"v_proj' has a value that torch.float16 cannot hold"):
+            serving.load(stored.lower(), pushed, dtype=torch.float16)
+
+
+def test_a_blob_that_is_cut_or_replaced(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its check and its reading: an error, never a signal."""
+    path = blob_of(pushed, "sql")
+    whole = path.read_bytes()
+    honest = pushed.storage.path
+
+    def then(change: Any) -> Any:
+        def changed(digest: Any) -> Path:
+            found = honest(digest)
+            if found == path:
+                os.chmod(path, 0o644)
+                change()
+            return found
+
+        return changed
+
+    for cut in (0, 100, len(whole) - 1):
+        monkeypatch.setattr(pushed.storage, "path", then(lambda cut=cut: os.truncate(path, cut)))
+        with pytest.raises(BadInput, match=r"truncated|too short|end|cut|header|bytes|changed"):
+            serving.load("sql", pushed)
+        path.write_bytes(whole)
+    monkeypatch.setattr(pushed.storage, "path", honest)
+    assert serving.load("sql", pushed).keys() == {Q, V}
+
+
+@pytest.mark.parametrize("size", [0, 4096, 8192])
+def test_a_file_that_is_cut_under_its_mapping(tmp_path: Path, size: int) -> None:
+    """What touching a page would end the process for, is an error when a tensor is brought."""
+    values = tiny.tensor("F32", np.ones((4, 2048)))
+    path = tmp_path / "blob"
+    path.write_bytes(tiny.container([("one", values), ("two", values)]))
+    reader = blobs.MappedBlob(path)
+    assert reader.tensor("one").sum() == 4 * 2048
+    os.truncate(path, size)
+    with pytest.raises(BadInput, match=r"cannot be read up to the end of 'two': was it cut\?"):
+        reader.tensor("two")
+
+
+def test_a_file_that_is_cut_before_it_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(tiny.container([("one", tiny.tensor("F32", np.ones((4, 2048))))]))
+    reader = blobs.MappedBlob(path)
+    os.truncate(path, 4096)
+    with pytest.raises(BadInput, match=r"cannot be mapped.*was it cut\?"):
+        reader.tensor("one")
+
+
+def test_a_blob_that_changes_while_it_is_loaded(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = blob_of(pushed, "sql")
+    bring = blobs.MappedBlob.bring
+
+    def touching(self: Any, stored: Any) -> torch.Tensor:
+        os.utime(path, ns=(1, 1))
+        return bring(self, stored)
+
+    monkeypatch.setattr(blobs.MappedBlob, "bring", touching)
+    with pytest.raises(BadInput, match="was changed while it was read"):
+        serving.load("sql", pushed)
+
+
+def test_a_damaged_blob_is_found(pushed: loreg.Registry) -> None:
+    path = blob_of(pushed, "sql")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    os.chmod(path, 0o644)
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=r"corrupt.*sql:v1"):
+        serving.load("sql", pushed)
