@@ -7,6 +7,7 @@ from loreg.serving.bases import Fit, check_base
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
 from loreg.serving.resolving import Resolved, resolve, resolve_async
+from loreg.serving.unmerged import Unmerged, unmerged
 
 __all__ = [
     "Fit",
@@ -14,6 +15,7 @@ __all__ = [
     "Merged",
     "Resolved",
     "State",
+    "Unmerged",
     "attach",
     "check_base",
     "load",
@@ -21,4 +23,5 @@ __all__ = [
     "resolve",
     "resolve_async",
     "unmerge_",
+    "unmerged",
 ]

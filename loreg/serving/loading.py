@@ -12,8 +12,8 @@ from loreg.algebra.rounding import finite, round_to
 from loreg.errors import BadInput, NotFound, Unsupported, UsageError
 from loreg.format.module import IN_OUT
 from loreg.registry import Registry, Version
-from loreg.registry import open as open_registry
 from loreg.registry.inputs import choose_device, low_rank
+from loreg.serving.defaults import default_registry
 
 _ROUNDED_ONCE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What torch converts to correctly from float32 or less: from float64 it would round twice, by way of float32."""
@@ -45,9 +45,7 @@ def load(
     bias, and without ``modules`` for tensors that the adapter replaces; BadInput for a corrupt blob, or for a value
     that ``dtype`` does not hold.
     """
-    if registry is None:
-        with open_registry() as opened:
-            return load(reference, opened, device=device, dtype=dtype, modules=modules)
+    registry = registry or default_registry()
     target = choose_device(device)
     loaded = {}
     for path, terms in factors_of(registry, registry.resolve(reference), target, modules).items():

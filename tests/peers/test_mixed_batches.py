@@ -1,0 +1,195 @@
+"""``serving.unmerged`` against PEFT's forward with ``adapter_names``, and generation by each adapter alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from live_models import bytes_of, load
+from peer_models import BaseOf, inputs, load_model, load_peft, save_adapter
+from peft import LoraConfig, get_peft_model
+
+import loreg
+from loreg import serving
+from loreg.errors import Unsupported
+from tests.peers.variants.experts import mixtral
+from tests.peers.variants.models import llama, randomise
+
+CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "llama": (["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens"], {"rank_pattern": {"q_proj": 7}}),
+    "gpt2": (["c_attn", "attn.c_proj", "wte"], {"use_rslora": True}),
+    "gpt2-hub": (["c_attn", "mlp.c_fc"], {"alpha_pattern": {"c_attn": 3}}),
+    "roberta": (["query", "value", "word_embeddings"], {}),
+}
+
+
+@pytest.fixture
+def made(base_of: BaseOf, registry: loreg.Registry, tmp_path: Path) -> Callable[[str], tuple[Path, dict[str, Path]]]:
+    """Pushes three adapters for a family: of two ranks, and one with fewer targets."""
+
+    def make(family: str) -> tuple[Path, dict[str, Path]]:
+        base = base_of(family, "fp32")
+        registry.add_base(base, "base")
+        targets, more = CASES[family]
+        folders = {}
+        for seed, (name, rank, which) in enumerate(
+            (("one", 4, targets), ("two", 2, targets[:1]), ("three", 3, targets)), 1
+        ):
+            folders[name] = save_adapter(
+                family, base, tmp_path / name, "fp32", seed, target_modules=which, r=rank, lora_alpha=7, **more
+            )
+            registry.push(folders[name], base="base", name=name)
+        return base, folders
+
+    return make
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_outputs_are_those_of_pefts_mixed_batches(family: str, made: Any, registry: loreg.Registry) -> None:
+    base, folders = made(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = load_peft(family, base, folders, torch.float32).double()
+    model = load_model(family, base, torch.float32).double()
+    before = bytes_of(model)
+    ids = inputs()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), serving.unmerged(model, list(folders), registry, check="none") as mixed:
+        for rows in ([0, 1, 2, None], [2, 2, 0, 1], [None, None, 1, 1], [None] * 4):
+            names = ["__base__" if row is None else list(folders)[row] for row in rows]
+            expected = peft(**batch, adapter_names=names)[0]
+            with mixed.rows(rows):
+                found = model(**batch)[0]
+            assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2-hub"])
+def test_generate_gives_each_row_its_adapters_words(
+    family: str, options: dict[str, Any], made: Any, registry: loreg.Registry
+) -> None:
+    """The weights of each adapter alone are those of a merge, here in the memory of the same model."""
+    base, folders = made(family)
+    model = load_model(family, base, torch.float32)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    ids = inputs()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    rows = [0, None, 2, 0]
+    expected = []
+    for n, row in enumerate(rows):
+        merged = None if row is None else serving.merge_(model, list(folders)[row], registry)
+        alone = {key: value[n : n + 1] if torch.is_tensor(value) else value for key, value in batch.items()}
+        expected.append(model.generate(**alone, **options))
+        if merged is not None:
+            serving.unmerge_(model, merged)
+    assert len({tuple(words.flatten().tolist()) for words in expected}) > 2
+    with serving.unmerged(model, list(folders), registry) as mixed, mixed.rows(rows):
+        found = model.generate(**batch, **options)
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_an_encoder_and_a_decoder_with_beams(registry: loreg.Registry, tmp_path: Path) -> None:
+    """Beams are of the decoder's rows alone."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    base = transformers.T5ForConditionalGeneration(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    registry.add_base(tmp_path / "base", "base")
+    for seed, name in enumerate(("one", "two"), 1):
+        adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(target_modules=["q", "v", "wo"], r=3))
+        randomise(adapted, seed, 0.3)
+        adapted.save_pretrained(tmp_path / name)
+        registry.push(tmp_path / name, base="base", name=name)
+    model: Any = load(tmp_path / "base")
+    ids = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+    options = {"num_beams": 3, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = []
+    for n, name in enumerate(("two", "one", "two")):
+        merged = serving.merge_(model, name, registry)
+        expected.append(model.generate(input_ids=ids[n : n + 1], **options))
+        serving.unmerge_(model, merged)
+    with serving.unmerged(model, ["one", "two"], registry) as mixed, mixed.rows(["two", "one", "two"]):
+        found = model.generate(input_ids=ids, **options)
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_a_compiled_model(made: Any, registry: loreg.Registry) -> None:
+    """Its graph breaks at the layers that are adapted; rows may change without another compilation of the rest."""
+    base, folders = made("llama")
+    model = load_model("llama", base, torch.float32)
+    compiled = torch.compile(model, backend="aot_eager")
+    batch = {"input_ids": inputs(), "use_cache": False}
+    with torch.no_grad(), serving.unmerged(model, list(folders), registry) as mixed:
+        for rows in ([0, 1, 2, None], [2, 2, 0, 1]):
+            with mixed.rows(rows):
+                expected, found = model(**batch)[0], compiled(**batch)[0]
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def _refused(base: Any, registry: loreg.Registry, folder: Path, words: str, **lora: Any) -> None:
+    base.save_pretrained(folder / "base")
+    adapted = get_peft_model(base, LoraConfig(**lora))
+    randomise(adapted)
+    adapted.save_pretrained(folder / "adapter")
+    registry.push(folder / "adapter", base=folder / "base", name="adapter")
+    model = load(folder / "base")
+    with pytest.raises(Unsupported, match=words):
+        serving.unmerged(model, ["adapter"], registry)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dora(registry: loreg.Registry, tmp_path: Path) -> None:
+    words = r"adapter:v1 changes .*q_proj' in a way that depends on the base's weight"
+    _refused(llama(), registry, tmp_path, words, target_modules=["q_proj"], use_dora=True)
+
+
+def test_modules_to_save(registry: loreg.Registry, tmp_path: Path) -> None:
+    words = r"adapter:v1 replaces 'lm_head.weight'"
+    _refused(llama(), registry, tmp_path, words, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+
+def test_trained_biases(registry: loreg.Registry, tmp_path: Path) -> None:
+    words = r"adapter:v1 (adapts the bias|replaces) '.*query.bias'"
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    base = transformers.RobertaForMaskedLM(config)
+    _refused(base, registry, tmp_path, words, target_modules=["query"], lora_bias=True)
+
+
+def test_experts(registry: loreg.Registry, tmp_path: Path) -> None:
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    words = r"experts.*whose outputs cannot be added to: expected"
+    _refused(mixtral(), registry, tmp_path, words, r=2, target_modules=[], target_parameters=parameters)
+
+
+def test_an_attention_that_reads_its_weights_itself(registry: loreg.Registry, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.add_module("attention", torch.nn.MultiheadAttention(16, 4, batch_first=True))
+    from safetensors.torch import save_file
+
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["attention"], r=2))
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    registry.push(tmp_path / "adapter", base=tmp_path / "base", name="adapter")
+    plain = torch.nn.Sequential()
+    plain.add_module("attention", torch.nn.MultiheadAttention(16, 4, batch_first=True))
+    with pytest.raises(Unsupported, match=r"attention\.(in_proj|out_proj).*whose outputs cannot be added to"):
+        serving.unmerged(plain, ["adapter"], registry, check="none")
