@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from loreg.serving.attaching import Live, State, attach
 from loreg.serving.bases import Fit, check_base
+from loreg.serving.caching import Cache, Pin
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
 from loreg.serving.resolving import Resolved, resolve, resolve_async
+from loreg.serving.tiers import Statistics
 from loreg.serving.unmerged import Unmerged, unmerged
 
 __all__ = [
+    "Cache",
     "Fit",
     "Live",
     "Merged",
+    "Pin",
     "Resolved",
     "State",
+    "Statistics",
     "Unmerged",
     "attach",
     "check_base",

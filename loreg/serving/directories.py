@@ -164,17 +164,22 @@ class Directories:
         finally:
             os.close(lock)
 
-    def sweep(self, spared: float | None = None) -> int:
-        """Delete the least recently used as long as all are more than ``limit``; the bytes that are left."""
+    def look(self) -> tuple[int, int, int]:
+        """How many there are, their bytes, and how many somebody has pinned."""
+        found = list(self._all())
+        return len(found), sum(size for _, _, size in found), sum(self._is_pinned(name) for name, _, _ in found)
+
+    def sweep(self, but: str | None = None) -> int:
+        """Delete the least recently used, but for one, as long as all are more than ``limit``; the bytes that are
+        left."""
         self._swept, self._added = True, 0
-        spared = self.spared if spared is None else spared
         found = sorted(self._all(), key=lambda each: each[1])
         left = sum(size for _, _, size in found)
         now = time.time()
         for name, used, size in found:
             if self.limit is None or left <= self.limit:
                 break
-            if now - used >= spared and self._delete(name):
+            if name != but and now - used >= self.spared and self._delete(name):
                 left -= size
         return left
 
@@ -203,7 +208,7 @@ class Directories:
         self._noted[name] = time.time()
         self._added += record.nbytes
         if self.limit is not None and (not self._swept or self._added > self.limit // 64):
-            self.sweep()
+            self.sweep(but=name)
 
     def _record(self, name: str) -> Path:
         return self.root / f"{name}.record"
@@ -216,6 +221,19 @@ class Directories:
                     if not file.name.startswith("."):
                         used = file.stat().st_mtime
                         yield file.name.removesuffix(".record"), used, Record.parse(file.read_bytes()).nbytes
+
+    def _is_pinned(self, name: str) -> bool:
+        try:
+            lock = os.open(self.path(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(lock)
+        return False
 
     def _delete(self, name: str) -> bool:
         """Unless it is in use."""

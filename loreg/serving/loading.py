@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -10,10 +11,13 @@ from loreg.adapters.peft import patterns
 from loreg.algebra.delta import LowRank, concatenate
 from loreg.algebra.rounding import finite, round_to
 from loreg.errors import BadInput, NotFound, Unsupported, UsageError
+from loreg.format.manifest import AdapterManifest
 from loreg.format.module import IN_OUT
+from loreg.format.terms import FormTerm
 from loreg.registry import Registry, Version
 from loreg.registry.inputs import choose_device, low_rank
 from loreg.serving.defaults import default_registry
+from loreg.tensors import TORCH
 
 _ROUNDED_ONCE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What torch converts to correctly from float32 or less: from float64 it would round twice, by way of float32."""
@@ -78,6 +82,17 @@ def factors_of(
         path: tuple(delta.mT for delta in terms) if path in turned else terms
         for path, terms in low_rank(registry, version, device, paths)
     }
+
+
+def nbytes_of(manifest: AdapterManifest, dtype: torch.dtype | None) -> int:
+    """Of what ``load`` gives of all of it, before any of it is loaded."""
+    total = 0
+    for module in manifest.modules.values():
+        for term in module.terms:
+            for ref in term.tensors.values() if isinstance(term, FormTerm) else (term.A, term.B):
+                stored = torch.float32 if len(module.terms) > 1 else TORCH[ref.dtype]
+                total += prod(ref.shape) * (dtype or stored).itemsize
+    return total
 
 
 def _chosen(version: Version, modules: str | Sequence[str] | None) -> list[str]:

@@ -33,6 +33,7 @@ from loreg.serving.bases import fit
 from loreg.serving.defaults import default_registry
 from loreg.serving.directories import SPARED, Directories, Files, Record, stamps
 from loreg.serving.flights import Flights
+from loreg.serving.tiers import Statistics
 
 Form = Literal["peft", "folded"]
 _FORMS: Mapping[str, tuple[str, Callable[[Storage, Version], Files]]] = {
@@ -106,6 +107,7 @@ class Resolver:
         self._flights: Flights[Record] = Flights()
         self._rows: OrderedDict[str, tuple[Hashable, VersionRow]] = OrderedDict()
         self._seen: dict[str, tuple[Record, tuple[FileStamp, ...]]] = {}
+        self._hits = self._misses = 0
         self._fits: dict[tuple[Digest, str], tuple[FileStamp, ...]] = {}
 
     @classmethod
@@ -136,7 +138,9 @@ class Resolver:
         name = row.digest.hex + _FORMS[form][0]
         if base is not None:
             self._check_base(row, base)
-        if (record := self._at_hand(name)) is None:
+        if (record := self._at_hand(name)) is not None:
+            self._hits += 1
+        else:
             work = partial(self._make, name, row, form, max_bytes)
             record = self._flights.run((name, max_bytes), work, timeout, reference)
         self._refuse_large(row, record.nbytes, max_bytes)
@@ -153,6 +157,12 @@ class Resolver:
         if len(self._rows) > _KNOWN:
             self._rows.popitem(last=False)
         return row
+
+    def statistics(self) -> Statistics:
+        """Of all directories that are there; hits, misses and evictions are those of this."""
+        entries, nbytes, used = self.directories.look()
+        here = self.directories
+        return Statistics(entries, nbytes, here.limit, used, self._hits, self._misses, here.evicted)
 
     def _version(self, row: VersionRow) -> Version:
         return self._registry.resolve(str(row.digest))
@@ -174,14 +184,17 @@ class Resolver:
     def _make(self, name: str, row: VersionRow, form: Form, max_bytes: int | None) -> Record:
         began = time.time_ns()
         if (record := self.directories.find(name)) is None:
+            self._misses += 1
             version = self._version(row)
             self._refuse_large(row, _least(version), max_bytes)
+            self._refuse_large(row, _least(version), self.directories.limit)
             record = self.directories.make(
                 name,
                 lambda: _FORMS[form][1](self._registry.storage, version),
                 lambda files: Record(row.digest, row.base_root, row.rank, files),
             )
         else:
+            self._hits += 1
             found = stamps(self.directories.path(name), record)
             # One that was just written may be written again within the same tick of the clock, and keep its stamp.
             if all(stamp.settled_at(began) for stamp in found):

@@ -373,26 +373,20 @@ def test_the_least_recently_used_leave(
 
 
 def test_what_is_pinned_or_was_just_handed_out_stays(pushed: loreg.Registry, many: list[str], tmp_path: Path) -> None:
-    spared = Resolver(pushed, tmp_path / "spared", limit=1)
+    size = serving.resolve(many[0], pushed).nbytes
+    spared = Resolver(pushed, tmp_path / "spared", limit=size)
     for name in many:
         spared.resolve(name)
     assert len(_there(spared)) == len(many)
-    resolver = Resolver(pushed, tmp_path / "cache", limit=1, spared=0.0)
-    other = Resolver(pushed, tmp_path / "cache", limit=1, spared=0.0)  # as another process would
-    with other.directories.pinned(_made(other, many[0])) as path:
+    resolver = Resolver(pushed, tmp_path / "cache", limit=size, spared=0.0)
+    other = Resolver(pushed, tmp_path / "cache", limit=size, spared=0.0)  # as another process would
+    with other.directories.pinned(other.resolve(many[0]).path.name) as path:
         for name in many[1:]:
             resolver.resolve(name)
         assert path.is_dir()
+        assert _there(resolver) == {path.name, resolver.resolve(many[-1]).path.name}
     resolver.directories.sweep()
     assert not path.is_dir()
-
-
-def _made(resolver: Resolver, reference: str) -> str:
-    """Kept, as its limit is not looked at while it is new."""
-    resolver.directories.limit, limit = None, resolver.directories.limit
-    name = resolver.resolve(reference).path.name
-    resolver.directories.limit = limit
-    return name
 
 
 # ---- forms ----
