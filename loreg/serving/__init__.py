@@ -7,6 +7,7 @@ from loreg.serving.bases import Fit, check_base
 from loreg.serving.caching import Cache, Pin
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
+from loreg.serving.preflight import Preflight, preflight
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
 from loreg.serving.unmerged import Unmerged, unmerged
@@ -17,6 +18,7 @@ __all__ = [
     "Live",
     "Merged",
     "Pin",
+    "Preflight",
     "Resolved",
     "State",
     "Statistics",
@@ -25,6 +27,7 @@ __all__ = [
     "check_base",
     "load",
     "merge_",
+    "preflight",
     "resolve",
     "resolve_async",
     "unmerge_",

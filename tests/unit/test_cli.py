@@ -338,6 +338,33 @@ def test_verify_of_a_model_and_of_a_version(stocked):
     assert stored["ok"] and stored["kind"] == "blobs" and len(stored["checks"]) == 3
 
 
+def test_preflight_says_which_form_an_engine_can_be_given(stocked):
+    assert done("preflight", "sql", "--engine", "vllm") == {
+        "engine": "vllm", "digest": done("show", "sql")["digest"], "ok": True, "form": "peft", "findings": [],
+    }  # fmt: skip
+    result = run("preflight", "sql", "--engine", "vllm", "--limit", "max_lora_rank=1", "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert (document["ok"], document["form"]) == (False, None)
+    (finding,) = document["findings"]
+    assert set(finding) == {"effect", "subject", "reason", "remedy", "folded"}
+    assert (finding["effect"], finding["subject"], finding["folded"]) == ("refuses", "rank", False)
+
+
+def test_preflight_tells_people_what_to_do(stocked):
+    config = json.loads((stocked / "sql" / "adapter_config.json").read_text())
+    (stocked / "sql" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    done("push", "sql", "--base", "tiny", "--name", "root")
+    assert run("preflight", "sql", "--engine", "sglang").stdout == "ok: sglang can serve sql as it is\n"
+    result = run("preflight", "root", "--engine", "sglang")
+    verdict, what, remedy = result.stdout.splitlines()
+    assert result.exit_code == 1 and verdict == "not ok: sglang can serve root in its folded form"
+    assert what.startswith("- misreads use_rslora: ") and "would get 2," in what
+    assert remedy.strip() == "serve its folded form ('loreg export --format folded')"
+    result = run("preflight", "root", "--engine", "sglang", "--limit", "max_lora_rank=1")
+    assert result.stdout.startswith("not ok: sglang cannot serve root\n")
+
+
 def test_sync_brings_the_same_version_back(stocked, hub, monkeypatch):
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
 
@@ -401,6 +428,11 @@ def test_1_an_error_that_nobody_foresaw_is_one_sentence(stocked, monkeypatch):
         (("tag", "sql", "v7"), "v7"),
         (("compose", "--apply", "sql", "--name", "x", "--method", "svd"), "neither rank nor energy"),
         (("sync", "pull", "sql", "alice/sql"), "hf://owner/name"),
+        (("preflight", "sql"), "--engine"),
+        (("preflight", "sql", "--engine", "vlm"), "expected one of vllm"),
+        (("preflight", "sql", "--engine", "vllm", "--limit", "max_lora_rank"), "no limit such as"),
+        (("preflight", "sql", "--engine", "vllm", "--limit", "a=1", "--limit", "a=2"), "second of its name"),
+        (("preflight", "sql", "--engine", "peft", "--limit", "a=1"), "has none"),
     ],
 )
 def test_2_usage(stocked, arguments, says):
@@ -656,7 +688,7 @@ def test_help_shows_every_command_with_a_whole_sentence(here):
         for name in commands:
             assert re.search(rf"^  {name} +[A-Z].*[^.]\.$", shown, re.MULTILINE), name
     assert run().stdout == shown and not (here / "home").exists()
-    for absent in ("compare", "preflight"):
+    for absent in ("compare",):
         assert absent not in COMMANDS
 
 
