@@ -7,6 +7,7 @@ from loreg.serving.bases import Fit, check_base
 from loreg.serving.caching import Cache, Pin
 from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
+from loreg.serving.packing import Packed, Stacked, pack
 from loreg.serving.preflight import Preflight, preflight
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
@@ -17,9 +18,11 @@ __all__ = [
     "Fit",
     "Live",
     "Merged",
+    "Packed",
     "Pin",
     "Preflight",
     "Resolved",
+    "Stacked",
     "State",
     "Statistics",
     "Unmerged",
@@ -27,6 +30,7 @@ __all__ = [
     "check_base",
     "load",
     "merge_",
+    "pack",
     "preflight",
     "resolve",
     "resolve_async",
