@@ -19,8 +19,8 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.digest import Digest
 from loreg.errors import BadInput, BaseMismatch, Unsupported, UsageError
 from loreg.registry import Registry, Version
-from loreg.registry import open as open_registry
 from loreg.registry.inputs import choose_device
+from loreg.serving.defaults import default_registry
 from loreg.serving.grouping import Group, groups
 from loreg.serving.loading import factors_of
 
@@ -100,9 +100,7 @@ def pack(
     ``max_rank``, naming adapter and module, and as ``load`` does for what is no pair of factors; BadInput for modules
     that differ in shape between adapters, and for a value that ``dtype`` does not hold.
     """
-    if registry is None:
-        with open_registry() as opened:
-            return pack(references, max_rank, layout, opened, device=device, dtype=dtype, packed=packed)
+    registry = registry or default_registry()
     _check(references, max_rank, layout)
     target = choose_device(device)
     versions = [registry.resolve(reference) for reference in references]

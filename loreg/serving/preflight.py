@@ -23,11 +23,11 @@ from loreg.serving.engines import ENGINES
 from loreg.serving.engines.described import Words
 from loreg.serving.engines.describing import CONFIG, PEFT, describe, words_of
 from loreg.serving.engines.rules import Effect, Finding
+from loreg.serving.resolving import Form
 
 __all__ = ["Effect", "Engine", "Finding", "Form", "Preflight", "preflight"]
 
 Engine: TypeAlias = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "lorax", "peft"]
-Form: TypeAlias = Literal["peft", "folded"]
 
 _LARGEST_CONFIG = 16 << 20
 
