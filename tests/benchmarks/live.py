@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import loreg
-from loreg.serving.live import Merged, Ready, prepare
+from loreg.serving.live import Check, Merged, Ready, prepare
 from tests.benchmarks.bench import Bench, Lines
 from tests.benchmarks.pairs import (
     HEADER,
@@ -37,17 +37,27 @@ ON_CPU = "live model on the CPU, against PEFT `merge_adapter`"
 LIMIT = "live model of 7 B shape, against the limit that moving bytes sets"
 ON_CARD = "live model of 7 B shape, against PEFT on the same device"
 UNMERGED = "live unmerge with the journal, against the merge"
+SWAP = "swap of one adapter for another, against PEFT `unmerge_adapter` and `merge_adapter`"
+SWAP_LIMIT = "swap of one adapter for another, against the limit that moving bytes sets"
 JOURNAL = "what is kept for it in memory, of the touched bytes"
 AGAINST_PEFT, AGAINST_PEFT_ON_CARD, AGAINST_MERGE = faster(5), faster(10), at_most(1.5)
 KEPT = Goal(0.04, "≤ 4 %")
 OF_LIMIT = Goal(0.7, "≥ 70 %", least=True)
+SWAP_OF_LIMIT = Goal(0.6, "≥ 60 %", least=True)
 ROWS = {
-    "live": [(ON_CPU, AGAINST_PEFT.text), (UNMERGED, AGAINST_MERGE.text), (JOURNAL, KEPT.text)],
+    "live": [
+        (ON_CPU, AGAINST_PEFT.text),
+        (UNMERGED, AGAINST_MERGE.text),
+        (JOURNAL, KEPT.text),
+        (SWAP, AGAINST_PEFT.text),
+    ],
     "gpu": [
         (LIMIT, OF_LIMIT.text),
         (ON_CARD, AGAINST_PEFT_ON_CARD.text),
         (UNMERGED, AGAINST_MERGE.text),
         (JOURNAL, KEPT.text),
+        (SWAP_LIMIT, SWAP_OF_LIMIT.text),
+        (SWAP, AGAINST_PEFT.text),
     ],
 }
 """What each function measures, and its goals."""
@@ -61,6 +71,8 @@ def live(bench: Bench) -> Lines:
         yield compared(ON_CPU, ours, "`merge_adapter`", peft, AGAINST_PEFT)
         yield compared(UNMERGED, back, "the merge", ours, AGAINST_MERGE)
         yield models.kept(ours)
+        ours, peft = in_turn(bench.runs, [models.swap, models.peft_swap])
+        yield compared(SWAP, ours, "both", peft, AGAINST_PEFT)
     yield ""
     yield (
         "The adapter is loaded, and the base was checked, before: that is not timed on either side. Each unmerge "
@@ -77,15 +89,21 @@ def gpu(bench: Bench) -> Lines:
         return
     with _models(bench.larger, torch.device("cuda")) as models:
         copies, ours, back, peft = in_turn(bench.runs, [models.copy, models.merge, models.unmerge, models.peft])
-        if ours.reason is None and copies.reason is None:
-            share = copies.work.median / ours.work.median
-            found = OF_LIMIT.judged(share, f"{100 * share:.3g} %")
-            yield Row((LIMIT, str(ours.work), f"a copy on the device {copies.work}", found, OF_LIMIT.text))
-        else:
-            yield unmeasured(LIMIT, str(ours.reason or copies.reason), OF_LIMIT.text)
+        yield _of_limit(LIMIT, ours, copies, OF_LIMIT)
         yield compared(ON_CARD, ours, "`merge_adapter`", peft, AGAINST_PEFT_ON_CARD)
         yield compared(UNMERGED, back, "the merge", ours, AGAINST_MERGE)
         yield models.kept(ours)
+        copies, ours, peft = in_turn(bench.runs, [models.copy, models.swap, models.peft_swap])
+        yield _of_limit(SWAP_LIMIT, ours, copies, SWAP_OF_LIMIT)
+        yield compared(SWAP, ours, "both", peft, AGAINST_PEFT)
+
+
+def _of_limit(name: str, ours: Runs, copies: Runs, goal: Goal) -> Row:
+    if ours.reason is not None or copies.reason is not None:
+        return unmeasured(name, str(ours.reason or copies.reason), goal.text)
+    share = copies.work.median / ours.work.median
+    found = goal.judged(share, f"{100 * share:.3g} %")
+    return Row((name, str(ours.work), f"a copy on the device {copies.work}", found, goal.text))
 
 
 @dataclass
@@ -96,6 +114,7 @@ class _Models:
     ours: Any
     peft_model: Any
     ready: Ready
+    other: Ready
     device: torch.device
     originals: list[torch.Tensor]
     merged: Merged | None = None
@@ -120,8 +139,33 @@ class _Models:
         return Run(seconds, seconds)
 
     def peft(self) -> Run:
-        seconds = self._seconds(self.peft_model.merge_adapter)
+        seconds = self._seconds(lambda: self.peft_model.merge_adapter([ADAPTERS[0]]))
         self.peft_model.unmerge_adapter()
+        return Run(seconds, seconds)
+
+    def swap(self) -> Run:
+        """Of the adapter that is merged for the other, and then, untimed, everything back."""
+        merged = self.ready.apply()
+
+        def work() -> None:
+            self.merged = self.other.replace(self.ours, merged)
+
+        seconds = self._seconds(work)
+        self._done().undo(self.ours)
+        if not self._is_base():
+            raise Unmeasured("what came out is not the base")
+        return Run(seconds, seconds)
+
+    def peft_swap(self) -> Run:
+        model = self.peft_model
+        model.merge_adapter([ADAPTERS[0]])
+
+        def work() -> None:
+            model.unmerge_adapter()
+            model.merge_adapter([ADAPTERS[1]])
+
+        seconds = self._seconds(work)
+        model.unmerge_adapter()
         return Run(seconds, seconds)
 
     def copy(self) -> Run:
@@ -175,9 +219,11 @@ def _models(place: Place, device: torch.device) -> Iterator[_Models]:
     with warnings.catch_warnings(), loreg.open(place.home) as registry:
         warnings.simplefilter("ignore")
         ours, theirs = (_model(transformers, place, device) for _ in range(2))
-        ready = prepare(ours, ADAPTERS[0], registry, check="touched" if device.type == "cpu" else "none")
-        theirs = peft.PeftModel.from_pretrained(theirs, place.adapter(ADAPTERS[0]))
-        yield _Models(ours, theirs, ready, device, [weight.detach().clone() for weight in ours.parameters()])
+        check: Check = "touched" if device.type == "cpu" else "none"
+        ready, other = (prepare(ours, name, registry, check=check) for name in ADAPTERS[:2])
+        theirs = peft.PeftModel.from_pretrained(theirs, place.adapter(ADAPTERS[0]), ADAPTERS[0])
+        theirs.load_adapter(place.adapter(ADAPTERS[1]), ADAPTERS[1])
+        yield _Models(ours, theirs, ready, other, device, [weight.detach().clone() for weight in ours.parameters()])
 
 
 def _model(transformers: Any, place: Place, device: torch.device) -> Any:
