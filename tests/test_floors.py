@@ -51,6 +51,7 @@ ALLOWED = {
     "obstore": {"store"},
     "scipy": {"search"},
     "transformers": {"merge"},
+    "prometheus_client": {"serving"},
     "peft": set(),
     "safetensors": set(),
     "blake3": {"digest", "format"},
