@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 
 from loreg.addresses import expanded, split
+from loreg.catalog.changes import Changes
 from loreg.catalog.kinds import Kind
 from loreg.catalog.ledger import close_record
 from loreg.catalog.refusals import typed
@@ -70,7 +71,12 @@ class Database:
         with typed(self.kind), self._writing.begin() as session:
             session.connection()
             yield session
-            close_record(session, datetime.now(UTC))
+            self.kind.announce(session.connection(), close_record(session, datetime.now(UTC)))
+
+    def changes(self, name: str | None = None) -> Changes:
+        """Whether what ``name`` stands for may have changed, as one thread asks; of any name for None. The caller
+        closes it."""
+        return self.kind.changes(name)
 
     def stamp(self) -> Hashable | None:
         """What is another one after any commit, so that rows that were read stay known as long as it is the same;

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Connection, Engine
 
+from loreg.catalog.changes import Changes
 from loreg.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ class Kind(Protocol):
 
     def close(self) -> None:
         """Let go of what ``stamp`` keeps."""
+
+    def announce(self, connection: Connection, names: Collection[str] | None) -> None:
+        """Have who watches one of ``names``, or anything for None, told when this transaction commits."""
+
+    def changes(self, name: str | None) -> Changes:
+        """Whether what that name stands for may have changed; of any name for None."""
 
     def is_full(self) -> bool:
         """Whether the disk that it is on has no room left, for what does not say so itself."""

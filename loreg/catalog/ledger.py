@@ -32,11 +32,14 @@ def begin_anew(s: Session) -> None:
     s.info[_ANEW] = True
 
 
-def close_record(s: Session, now: datetime) -> None:
-    """Turn what was noted into a record. The first one of a catalog that has rows already is a snapshot."""
+def close_record(s: Session, now: datetime) -> set[str] | None:
+    """Turn what was noted into a record. The first one of a catalog that has rows already is a snapshot.
+
+    Returns the names of adapters whose versions or tags the transaction changes; None if it may be any.
+    """
     keys, anew = s.info.pop(_NOTED, set()), s.info.pop(_ANEW, False)
     if not keys and not anew:
-        return
+        return set()
     s.flush()
     head = last_record(s)
     seq, previous = (head.seq + 1, head.digest) if head else (1, None)
@@ -48,6 +51,7 @@ def close_record(s: Session, now: datetime) -> None:
         records = [LedgerRecord(seq, previous, at, {key: _value(s, key) for key in keys})]
     s.add_all(map(_row, records))
     s.flush()
+    return None if anew else {key[1] for key in keys if key[0] in ("version", "tag")}
 
 
 def last_record(s: Session) -> RecordRow | None:

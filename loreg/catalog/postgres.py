@@ -20,8 +20,10 @@ under the same lock, so a catalog is there whole or not at all, and processes th
 
 from __future__ import annotations
 
+import socket
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,18 @@ from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, t
 from sqlalchemy.pool import QueuePool
 
 from loreg.catalog import kinds
+from loreg.catalog.changes import wait_for
 from loreg.catalog.connecting import connect
-from loreg.errors import NotFound, Unsupported, UsageError
+from loreg.catalog.refusals import typed
+from loreg.errors import LoregError, NotFound, Unsupported, UsageError
 
 _OLDEST = 140_000
 """The oldest server: PostgreSQL 14, the first that parses the body of a function when it is made."""
+
+_NAMED = 16
+"""As many names are announced by themselves; more are one announcement, of anything."""
+_HEARTBEAT = 30.0
+"""Seconds of silence, after which it is asked whether the server is still there."""
 
 _DEFAULTS = {
     "application_name": "loreg",
@@ -113,6 +122,33 @@ class PostgreSQL:
     def is_full(self) -> bool:
         return False  # a server says so itself
 
+    def announce(self, connection: Connection, names: Collection[str] | None) -> None:
+        """By NOTIFY, which the server delivers when the transaction has committed, and only then."""
+        if names is None or len(names) > _NAMED:
+            names = ("",)
+        for name in sorted(names):
+            connection.exec_driver_sql("SELECT pg_notify(%s, %s)", (self.channel, name))
+
+    def changes(self, name: str | None) -> Notifications:
+        return Notifications(self, name)
+
+    @staticmethod
+    def errors() -> type[Exception]:
+        import psycopg
+
+        return psycopg.Error
+
+    def listening(self) -> Any:
+        """A connection of psycopg's own, outside the pool, on which the server tells what :meth:`announce` says.
+        Raises as a read of the catalog."""
+        with typed(self):
+            fairy = self._engine.raw_connection()
+            fairy.detach()
+            raw: Any = fairy.dbapi_connection
+            raw.autocommit = True
+            raw.execute(f"LISTEN {self.channel}")
+        return raw
+
     def prepare(self, backup_dir: Path | None) -> None:
         """``backup_dir`` is SQLite's: a server cannot write to the files of its clients."""
         with self._engine.execution_options(**self.reading).begin() as connection:
@@ -154,6 +190,12 @@ class PostgreSQL:
         """Of all catalogs of the database, this one's: by the name of its schema, as a dump restores it."""
         return 0x6C6F7265, zlib.crc32(str(self._schema).encode()) - 2**31
 
+    @property
+    def channel(self) -> str:
+        """The same of the channels, whose names are as short as those of schemas. One that two share only wakes more
+        than it has to."""
+        return f"loreg_{zlib.crc32(str(self._schema).encode()):08x}"
+
     def _revision(self, connection: Connection) -> str | None:
         """What the catalog says it is at; None if there is nothing at all."""
         found = connection.exec_driver_sql(_SCHEMAS).all()
@@ -179,6 +221,55 @@ class PostgreSQL:
         for name, tables in connection.exec_driver_sql(_SCHEMAS).all():
             for table in map(quote, tables if name == self._schema else ()):
                 connection.exec_driver_sql(f"CREATE TABLE {backup}.{table} AS TABLE {schema}.{table}")
+
+
+class Notifications:
+    """What the server tells of one name. Where no connection can be had for that, or one is lost, anything may have
+    changed each time that is asked, until there is another."""
+
+    def __init__(self, kind: PostgreSQL, name: str | None) -> None:
+        self._kind, self._name = kind, name
+        self._heard: list[str] = []
+        self._raw: Any = None
+
+    @property
+    def told(self) -> bool:
+        return self._raw is not None
+
+    def happened(self) -> bool:
+        if self._raw is None:
+            with suppress(LoregError):  # whether the catalog can be read, the read will tell
+                self._raw = self._kind.listening()
+                self._raw.add_notify_handler(lambda note: self._heard.append(note.payload))
+            return True
+        try:
+            # Brings what the server has to tell, and shows that it is there: one that vanished tells nothing either.
+            self._raw.execute("SELECT 1")
+            self._drain()
+        except self._kind.errors():
+            self.close()
+            return True
+        heard, self._heard[:] = set(self._heard), ()
+        return bool(heard) if self._name is None else not heard.isdisjoint(("", self._name))
+
+    def wait(self, wake: socket.socket, seconds: float) -> None:
+        if self._raw is None:
+            wait_for(seconds, wake)
+            return
+        self._drain()  # what came right behind an answer lies in libpq's memory, and its socket is silent
+        if not self._heard:
+            wait_for(min(seconds, _HEARTBEAT), wake, self._raw.fileno())
+
+    def close(self) -> None:
+        self._heard.clear()
+        if self._raw is not None:
+            with suppress(self._kind.errors()):
+                self._raw.close()
+            self._raw = None
+
+    def _drain(self) -> None:
+        while (note := self._raw.pgconn.notifies()) is not None:
+            self._heard.append(note.extra.decode())
 
 
 def _shown(url: URL) -> str:

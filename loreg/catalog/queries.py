@@ -57,6 +57,7 @@ from loreg.catalog.versions import (
     add_version,
     find_version,
     list_versions,
+    standing_digest,
     versions_by_digest,
     versions_of,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "restore_version",
     "roots",
     "set_edges",
+    "standing_digest",
     "standing_tags",
     "tag_history",
     "tag_seq",

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import sqlite3
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -24,6 +25,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool, QueuePool
 
 from loreg.catalog import kinds
+from loreg.catalog.changes import wait_for
 from loreg.errors import BadInput, CheckFailed, UsageError
 
 _PROBE = 1 << 16
@@ -80,6 +82,12 @@ class SQLite:
             except (OSError, sqlite3.Error):  # whoever looks at the rows is told
                 return None
 
+    def announce(self, connection: Connection, names: Collection[str] | None) -> None:
+        """A file tells nobody."""
+
+    def changes(self, name: str | None) -> FileChanges:
+        return FileChanges(self)
+
     def close(self) -> None:
         with self._looking:
             if self._looker is not None:
@@ -110,6 +118,26 @@ class SQLite:
                 )
             if _revision(path) != kinds.HEAD:
                 _upgrade(path, backup_dir or path.parent)
+
+
+class FileChanges:
+    """By the stamp of the file, which takes microseconds: any commit changes it."""
+
+    told = False
+
+    def __init__(self, kind: SQLite) -> None:
+        self._kind = kind
+        self._seen: Hashable | None = None
+
+    def happened(self) -> bool:
+        before, self._seen = self._seen, self._kind.stamp()
+        return self._seen is None or self._seen != before
+
+    def wait(self, wake: socket.socket, seconds: float) -> None:
+        wait_for(seconds, wake)
+
+    def close(self) -> None:
+        """The stamp is the registry's."""
 
 
 def _connect(path: Path) -> sqlite3.Connection:

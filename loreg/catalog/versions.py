@@ -82,8 +82,9 @@ _TARGETS = select(Target.version_id, Target.target).where(Target.version_id.in_(
 @cache
 def _finding(*given: str) -> Select[Any]:
     """The statement of ``find_version`` by what is given: to make it takes longer than to run it."""
-    query = _VERSIONS.where(Adapter.name == bindparam("name")).order_by(Version.number.desc())
-    query = query.limit(bindparam("limit", type_=Integer))
+    query = _VERSIONS.order_by(Version.number.desc()).limit(bindparam("limit", type_=Integer))
+    if "name" in given:
+        query = query.where(Adapter.name == bindparam("name"))
     if "number" in given:
         query = query.where(Version.number == bindparam("number"))
     if "tag" in given:
@@ -187,6 +188,37 @@ def find_version(
             f"adapter {name!r} has no version{meeting}: it has {_summary(s, adapter)}; look with `loreg log {name}`."
         )
     return only(str(digest_prefix), f"versions of {name!r}", found, [f"v{v.number} {v.digest}" for v in found])
+
+
+def standing_digest(
+    s: Session,
+    name: str | None,
+    *,
+    number: int | None = None,
+    tag: str | None = None,
+    digest_prefix: str | None = None,
+) -> Digest | None:
+    """The digest of the version that ``find_version`` would find, None where it would find none; without ``name``
+    that of a version by any. One query, which looks at nothing else: it is asked over and over.
+
+    Raises UsageError for a prefix that fits several versions.
+    """
+    values: dict[str, Any] = {"limit": 6 if digest_prefix is not None else 1}
+    if name is not None:
+        values["name"] = name
+    if number is not None:
+        values["number"] = number
+    if tag is not None:
+        values["tag"] = tag
+    if digest_prefix is not None:
+        values["start"], values["end"] = between(digest_prefix)
+    found = list(dict.fromkeys(s.connection().scalars(_standing(*values), values)))
+    return only(str(digest_prefix), "versions", found, list(map(str, found))) if found else None
+
+
+@cache
+def _standing(*given: str) -> Select[Any]:
+    return _finding(*given).with_only_columns(Version.digest)
 
 
 def versions_of(s: Session, name: str) -> list[VersionRow]:

@@ -109,6 +109,14 @@ class Versions:
             raise NotFound(f"{blob.digest} is a blob, not a version of an adapter; look with 'loreg ls'.")
         return rows[0]
 
+    def digest_of(self, reference: str | Reference) -> Digest | None:
+        """What a reference means now, None for nothing: one query, for who asks over and over. Raises UsageError."""
+        ref = Reference.parse(reference) if isinstance(reference, str) else reference
+        with self.database.read() as session:
+            return queries.standing_digest(
+                session, ref.name, number=ref.number, tag=ref.tag, digest_prefix=ref.digest_prefix
+            )
+
     def list_versions(self, **conditions: Any) -> list[VersionRow]:
         """See ``catalog.queries.list_versions``: by base, rank, target, query; the newest of each name."""
         with self.database.read() as session:

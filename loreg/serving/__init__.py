@@ -12,12 +12,14 @@ from loreg.serving.preflight import Preflight, preflight
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
 from loreg.serving.unmerged import Unmerged, unmerged
+from loreg.serving.watching import Moved, Watch, watch, watch_async
 
 __all__ = [
     "Cache",
     "Fit",
     "Live",
     "Merged",
+    "Moved",
     "Packed",
     "Pin",
     "Preflight",
@@ -26,6 +28,7 @@ __all__ = [
     "State",
     "Statistics",
     "Unmerged",
+    "Watch",
     "attach",
     "check_base",
     "load",
@@ -36,4 +39,6 @@ __all__ = [
     "resolve_async",
     "unmerge_",
     "unmerged",
+    "watch",
+    "watch_async",
 ]
