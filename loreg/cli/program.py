@@ -33,7 +33,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "methods": "loreg.cli.merging:list_methods",
         "verify": "loreg.cli.merging:verify",
     },
-    "Serving": {"preflight": "loreg.cli.serving:preflight"},
+    "Serving": {"preflight": "loreg.cli.serving:preflight", "serve-push": "loreg.cli.pushing:serve_push"},
     "Sharing": {"sync": "loreg.cli.sharing:sync"},
     "Store": {
         "rm": "loreg.cli.storing:rm",

@@ -9,6 +9,7 @@ from loreg.serving.live import Merged, merge_, unmerge_
 from loreg.serving.loading import load
 from loreg.serving.packing import Packed, Stacked, pack
 from loreg.serving.preflight import Preflight, preflight
+from loreg.serving.pushing import Pushed, push, push_async
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
 from loreg.serving.unmerged import Unmerged, unmerged
@@ -23,6 +24,7 @@ __all__ = [
     "Packed",
     "Pin",
     "Preflight",
+    "Pushed",
     "Resolved",
     "Stacked",
     "State",
@@ -35,6 +37,8 @@ __all__ = [
     "merge_",
     "pack",
     "preflight",
+    "push",
+    "push_async",
     "resolve",
     "resolve_async",
     "unmerge_",

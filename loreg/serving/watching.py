@@ -30,8 +30,8 @@ from loreg.digest import Digest
 from loreg.errors import Conflict, RemoteError, UsageError
 from loreg.format.reference import Reference
 from loreg.registry import Registry
-from loreg.registry import open as open_registry
 from loreg.serving import signals
+from loreg.serving.defaults import default_registry
 
 T = TypeVar("T")
 
@@ -65,10 +65,10 @@ def watch(
     Moves that nobody took are one: after A → B → C the next event says A → C, and after A → B → A there is none. So a
     consumer may be as slow as it likes, and nothing is told twice.
 
-    ``registry``: default ``loreg.open()``, closed with the watch. ``interval``: seconds between two looks, where the
-    catalog does not tell of changes by itself. ``timeout``: seconds without an event after which the iteration ends;
-    it may then be begun again. A catalog that cannot be reached, or is locked, is asked again until it can; what
-    moved meanwhile is told then. Close it, or use it as a context: from any thread, which ends the iteration.
+    ``registry``: default is one that is opened once for the process. ``interval``: seconds between two looks, where
+    the catalog does not tell of changes by itself. ``timeout``: seconds without an event after which the iteration
+    ends; it may then be begun again. A catalog that cannot be reached, or is locked, is asked again until it can;
+    what moved meanwhile is told then. Close it, or use it as a context: from any thread, which ends the iteration.
 
     Raises UsageError for a malformed reference or an ``interval`` that is not above 0, and what a read of the catalog
     raises, if it cannot be read at first or is damaged later. That the reference means nothing yet is no error.
@@ -96,7 +96,7 @@ class Watch:
         self._interval, self._timeout = interval, math.inf if timeout is None else timeout
         self._turn, self._closed = threading.Lock(), False
         with ExitStack() as opened:
-            self._registry = opened.enter_context(open_registry()) if registry is None else registry
+            self._registry = registry or default_registry()
             self._wake, self._waker = socket.socketpair()
             opened.callback(self._wake.close)
             opened.callback(self._waker.close)

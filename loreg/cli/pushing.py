@@ -1,0 +1,87 @@
+"""``loreg serve-push``: versions into running engines, and out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from loreg.cli import text
+from loreg.cli.console import Console
+from loreg.cli.program import Command
+from loreg.cli.serving import limits
+
+_KEY = "LOREG_ENGINE_KEY"
+_DONE = {
+    "loaded": "{} is loaded, as {}",
+    "replaced": "{} is loaded, in place of what was {}",
+    "present": "{} was loaded already, as {}",
+    "unloaded": "{} is unloaded: nothing is {} any more",
+    "absent": "{} was not loaded: nothing is {}",
+}
+
+
+@click.command("serve-push", cls=Command)
+@click.argument("reference", metavar="REF")
+@click.option("--engine", metavar="E", required=True, help="vllm, sglang, lorax or tensorrt-llm.")
+@click.option("--url", metavar="URL", required=True, help="Where it serves, such as http://gpu1:8000.")
+@click.option("--name", metavar="N", help="What requests are to call it. [default: the name in REF]")
+@click.option("--unload", is_flag=True, help="Take out what the engine has under that name.")
+@click.option(
+    "--limit",
+    "given",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=limits,
+    help="How the engine was started, by its own names; may be repeated.",
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds. [default: 120]")
+@click.pass_obj
+def serve_push(
+    console: Console,
+    reference: str,
+    engine: str,
+    url: str,
+    name: str | None,
+    unload: bool,
+    given: dict[str, Any],
+    timeout: float | None,
+) -> None:
+    """Load a version into a running engine, in place of the old one, or unload it.
+
+    What the engine would refuse or misread is refused before it is told. It has to see the same directory as this
+    machine. A key that it asks for is read from $LOREG_ENGINE_KEY.
+
+    \b
+      loreg serve-push sql:prod --engine vllm --url http://localhost:8000 --limit max_lora_rank=64
+      loreg serve-push sql --engine sglang --url http://gpu1:30000 --unload
+    """
+    from loreg.serving import pushing
+
+    with console.open() as registry:
+        done = pushing.push(
+            reference,
+            engine,
+            url,
+            registry,
+            name=name,
+            unload=unload,
+            key=os.environ.get(_KEY) or None,
+            timeout=pushing.TIMEOUT if timeout is None else timeout,
+            **given,
+        )
+    document: dict[str, Any] = {
+        "engine": done.engine,
+        "url": done.url,
+        "name": done.name,
+        "action": done.action,
+        "digest": str(done.digest) if done.digest else None,
+        "path": done.path,
+        "request": dict(done.request),
+    }
+    said = _DONE[done.action].format(text.legible(reference), text.legible(done.name))
+    asked = json.dumps(document["request"]) if done.request else None
+    shown = [("at", f"{done.engine}, {done.url}"), ("digest", done.digest), ("path", done.path), ("ask with", asked)]
+    console.emit(document, f"{said}\n{text.fields(shown)}")

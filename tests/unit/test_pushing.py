@@ -1,0 +1,321 @@
+"""``push``: engines get the right directory under the right name, once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_servers
+import pytest
+import tiny
+from click.testing import CliRunner
+from engine_servers import BASE, VLLM, Engine, LoRAX, SGLang, TensorRTLLM
+
+import loreg
+from loreg import serving
+from loreg.cli import main
+from loreg.errors import Conflict, NotFound, RemoteError, Unsupported, UsageError
+from loreg.serving import pushing
+from loreg.serving.pushing import push
+
+NAMED = {"vllm": VLLM, "sglang": SGLang}
+BY_REQUEST = {"lorax": LoRAX, "tensorrt-llm": TensorRTLLM}
+LOADS = {"/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter", "/unload_lora_adapter"}
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    kinds = NAMED | BY_REQUEST
+    with engine_servers.serving(kinds[request.param]()) as running:
+        running.kind = request.param
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "_PAUSE", 0.01)
+
+
+@pytest.fixture
+def two(pushed: loreg.Registry, tmp_path: Path) -> tuple[serving.Resolved, serving.Resolved]:
+    """``sql:v1``, which is ``prod``, and ``sql:v2``."""
+    pushed.tag("sql:v1", "prod")
+    pushed.push(tiny.write_adapter(tmp_path / "other", tiny.adapter(seed=9)), base="base", name="sql")
+    return serving.resolve("sql:v1", pushed), serving.resolve("sql:v2", pushed)
+
+
+@pytest.fixture
+def wide(pushed: loreg.Registry, tmp_path: Path) -> tuple[serving.Resolved, serving.Resolved]:
+    """``wide:v1`` and ``wide:v2``, of a rank for which LoRAX does not pad."""
+    for seed in (3, 4):
+        adapter = tiny.write_adapter(tmp_path / f"wide{seed}", tiny.adapter(seed=seed, rank=8))
+        pushed.push(adapter, base="base", name="wide")
+    return serving.resolve("wide:v1", pushed), serving.resolve("wide:v2", pushed)
+
+
+def told(engine: Engine) -> list[str]:
+    return [path for path, _ in engine.asked if path in LOADS]
+
+
+@pytest.mark.parametrize("engine", NAMED, indirect=True)
+def test_a_version_is_loaded_once_swapped_and_unloaded(engine: Engine, two, pushed: loreg.Registry) -> None:
+    one, other = two
+    done = push("sql:prod", engine.kind, engine.url + "/", pushed)
+    assert (done.action, done.name, done.digest, done.path) == ("loaded", "sql", one.digest, str(one.path))
+    assert done.request == {"model": "sql"}
+    assert done.url == engine.url
+    assert engine.held == {"sql": str(one.path)}
+    before = len(told(engine))
+    assert push("sql:prod", engine.kind, engine.url, pushed).action == "present"
+    assert len(told(engine)) == before
+    assert push("sql:v2", engine.kind, engine.url, pushed).action == "replaced"
+    assert engine.held == {"sql": str(other.path)}
+    assert push("sql:v1", engine.kind, engine.url, pushed, name="team/sql-one").action == "loaded"
+    assert engine.held == {"sql": str(other.path), "team/sql-one": str(one.path)}
+    gone = push("sql", engine.kind, engine.url, pushed, unload=True)
+    assert (gone.action, gone.digest, gone.path, gone.request) == ("unloaded", None, None, {})
+    assert engine.held == {"team/sql-one": str(one.path)}
+    assert push("sql", engine.kind, engine.url, pushed, unload=True).action == "absent"
+
+
+@pytest.mark.parametrize("engine", NAMED, indirect=True)
+@pytest.mark.parametrize("place", range(4))  # of the requests that a swap is
+@pytest.mark.parametrize("fault", ["drop", "lost", 503, 429])
+def test_what_passes_is_tried_again_from_what_is_there(
+    engine: Engine, place: int, fault: int | str, two, pushed: loreg.Registry
+) -> None:
+    _, other = two
+    push("sql:v1", engine.kind, engine.url, pushed)
+    engine.faults = [None] * place + [fault]
+    assert push("sql:v2", engine.kind, engine.url, pushed).action == "replaced"
+    assert engine.held == {"sql": str(other.path)}
+
+
+@pytest.mark.parametrize("engine", NAMED, indirect=True)
+def test_a_refusal_leaves_what_was_there(engine: Engine, two, pushed: loreg.Registry) -> None:
+    one, _ = two
+    push("sql:v1", engine.kind, engine.url, pushed)
+    engine.most = 1
+    # As it was started otherwise than preflight is told, the engine is the first to say no.
+    engine.problem = lambda path: None if path == str(one.path) else "LoRA rank 4 is greater than max_lora_rank 1."
+    before = len(told(engine))
+    with pytest.raises(RemoteError, match="rank 4 is greater than max_lora_rank 1"):
+        push("sql:v2", engine.kind, engine.url, pushed)
+    assert engine.held == {"sql": str(one.path)}
+    assert len(told(engine)) - before == {"vllm": 1, "sglang": 3}[engine.kind]  # and nothing was tried again
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+def test_what_cannot_be_taken_back_is_said(engine: Engine, two, pushed: loreg.Registry) -> None:
+    push("sql:v1", "sglang", engine.url, pushed)
+    engine.problem = lambda path: f"no memory for {path}"
+    with pytest.raises(RemoteError, match=r"no memory.*Nor is what it had there again"):
+        push("sql:v2", "sglang", engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", BY_REQUEST, indirect=True)
+def test_engines_without_names_load_with_a_request(engine: Engine, wide, pushed: loreg.Registry) -> None:
+    one, other = wide
+    first, second = (push(f"wide:v{n}", engine.kind, engine.url, pushed) for n in (1, 2))
+    assert (first.path, second.path) == (str(one.path), str(other.path))
+    if engine.kind == "lorax":
+        assert first.request == {"parameters": {"adapter_id": str(one.path), "adapter_source": "local"}}
+        assert set(engine.held) == {str(one.path), str(other.path)}
+    else:
+        number = first.request["lora_request"]["lora_int_id"]
+        assert number == int(one.digest.hex[:13], 16) < 2**53
+        assert engine.cached == {
+            number: str(one.path),
+            second.request["lora_request"]["lora_int_id"]: str(other.path),
+        }
+        assert engine.asked[1] == (
+            "/v1/completions",
+            {"model": BASE, "prompt": "a", "max_tokens": 1, **first.request},
+        )
+    with pytest.raises(Unsupported, match="cannot be told to unload"):
+        push("sql", engine.kind, engine.url, pushed, unload=True)
+    engine.problem = lambda path: "the adapter does not fit"
+    with pytest.raises(RemoteError, match="the adapter does not fit"):
+        push("wide", engine.kind, engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", ["lorax"], indirect=True)
+def test_lorax_has_no_names_and_has_to_name_the_adapter(engine: Engine, wide, pushed: loreg.Registry) -> None:
+    with pytest.raises(Unsupported, match="by no name"):
+        push("wide", "lorax", engine.url, pushed, name="sql")
+    assert engine.asked == []
+    engine.post = lambda *_: (200, {"generated_text": "b"}, {})
+    with pytest.raises(RemoteError, match="generated without the adapter"):
+        push("wide", "lorax", engine.url, pushed)
+
+
+def test_llama_cpp_says_why_not(pushed: loreg.Registry) -> None:
+    with pytest.raises(Unsupported, match=r"can then only set their scales.*convert_lora_to_gguf"):
+        push("sql", "llama.cpp", "http://127.0.0.1:9", pushed)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_preflight_decides_whether_and_in_which_form(engine: Engine, pushed: loreg.Registry) -> None:
+    with pytest.raises(Unsupported, match=r"(?s)vllm would not serve sql .*rank"):
+        push("sql", "vllm", engine.url, pushed, max_lora_rank=1)
+    assert engine.asked == []
+    assert serving.preflight("humor", "sglang", pushed).form == "folded"  # rslora
+    with engine_servers.serving(SGLang()) as sglang:
+        done = push("humor", "sglang", sglang.url, pushed)
+    assert done.path == str(serving.resolve("humor", pushed, form="folded").path)
+    assert done.path.endswith("-folded")
+    assert json.loads((Path(done.path) / "adapter_config.json").read_text())["use_rslora"] is False
+
+
+@pytest.mark.parametrize("engine", NAMED, indirect=True)
+def test_the_base_models_name_is_not_taken(engine: Engine, pushed: loreg.Registry) -> None:
+    for unload in (False, True):
+        with pytest.raises(Conflict, match="base model"):
+            push("sql", engine.kind, engine.url, pushed, name=BASE, unload=unload)
+    assert told(engine) == []
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_an_engine_that_does_not_load_while_it_runs_says_how(engine: Engine, pushed: loreg.Registry) -> None:
+    engine.updating = False
+    with pytest.raises(RemoteError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        push("sql", "vllm", engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_a_vllm_whose_cache_keeps_the_old_one_is_not_swapped(engine: Engine, two, pushed: loreg.Registry) -> None:
+    one, other = two
+    engine.version = "0.30.2"
+    push("sql:v1", "vllm", engine.url, pushed)
+    with pytest.raises(Unsupported, match=r"runs vLLM 0\.30\.2.*--name"):
+        push("sql:v2", "vllm", engine.url, pushed)
+    assert engine.held == {"sql": str(one.path)}
+    for newer in ("0.31.0", "1.0.0", "0.1.dev1+gabc"):
+        engine.version = newer
+        push("sql:v2", "vllm", engine.url, pushed)
+        assert engine.held == {"sql": str(other.path)}
+        push("sql:v1", "vllm", engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_it_believes_the_listing_and_not_the_answer(engine: Engine, pushed: loreg.Registry) -> None:
+    engine.post = lambda *_: (200, "Success: LoRA adapter 'sql' added successfully.", {})
+    with pytest.raises(RemoteError, match=r"expected it to list .*found no such model"):
+        push("sql", "vllm", engine.url, pushed)
+    engine.held["sql"] = "/other"
+    with pytest.raises(RemoteError, match="still lists it"):
+        push("sql", "vllm", engine.url, pushed, unload=True)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"], indirect=True)
+def test_the_key_is_given_and_never_repeated(engine: Engine, pushed: loreg.Registry) -> None:
+    engine.key = "sk-one"
+    with pytest.raises(RemoteError, match=r"answered 401.*LOREG_ENGINE_KEY") as refused:
+        push("sql", engine.kind, engine.url, pushed, key="sk-secret")
+    assert "secret" not in str(refused.value)
+    assert "***" in str(refused.value)  # the server had repeated it
+    assert push("sql", engine.kind, engine.url, pushed, key="sk-one").action == "loaded"
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_a_redirect_is_not_followed(engine: Engine, pushed: loreg.Registry) -> None:
+    engine.faults = [307]
+    with pytest.raises(RemoteError, match="answered 307"):
+        push("sql", "vllm", engine.url, pushed, key="sk-secret")
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_what_a_server_says_is_bounded(engine: Engine, pushed: loreg.Registry, monkeypatch) -> None:
+    engine.get = lambda path: (400, {"error": {"message": "no\x1b[31m\n" + "x" * 5000}}, {})
+    with pytest.raises(RemoteError) as refused:
+        push("sql", "vllm", engine.url, pushed)
+    assert len(str(refused.value)) < 900
+    assert str(refused.value).isprintable()
+    monkeypatch.setattr("loreg.serving.calling._LARGEST", 1000)
+    with pytest.raises(RemoteError, match="sent more than"):
+        push("sql", "vllm", engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_it_ends_in_time(engine: Engine, pushed: loreg.Registry) -> None:
+    serving.resolve("sql", pushed)
+    engine.faults = ["hang"] * 10
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match=r"not reached|not done in time"):
+        push("sql", "vllm", engine.url, pushed, timeout=0.5)
+    assert time.monotonic() - began < 4
+
+
+def test_nobody_there_is_tried_as_often_as_asked(pushed: loreg.Registry) -> None:
+    with engine_servers.serving(VLLM()) as engine:
+        engine.faults = ["drop"] * 100
+        with pytest.raises(RemoteError, match="see whether the engine runs there"):
+            push("sql", "vllm", engine.url, pushed, retries=2)
+        assert len(engine.asked) == 3
+        gone = engine.url
+    with pytest.raises(RemoteError, match=r"not reached \(ConnectionRefusedError"):
+        push("sql", "vllm", gone, pushed, retries=0)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "http://u:secret@host", "http://host?secret", "http://host:x"]
+)
+def test_urls_that_are_none(url: str, pushed: loreg.Registry) -> None:
+    with pytest.raises(UsageError) as refused:
+        push("sql", "vllm", url, pushed)
+    assert "@" not in url or "secret" not in str(refused.value)
+
+
+def test_errors_before_anything_is_sent(pushed: loreg.Registry) -> None:
+    with engine_servers.serving(VLLM()) as engine:
+        with pytest.raises(NotFound):
+            push("sq", "vllm", engine.url, pushed)
+        with pytest.raises(UsageError, match="no engine that can be pushed to"):
+            push("sql", "peft", engine.url, pushed)
+        with pytest.raises(UsageError, match="no name"):
+            push(str(pushed.find("sql").digest), "vllm", engine.url, pushed)
+        assert engine.asked == []
+
+
+def test_asynchronously(pushed: loreg.Registry) -> None:
+    with engine_servers.serving(VLLM()) as engine:
+        assert asyncio.run(serving.push_async("sql", "vllm", engine.url, pushed)).action == "loaded"
+
+
+def test_what_is_pushed_is_counted(pushed: loreg.Registry) -> None:
+    counted = serving.signals.Signals()
+    before = serving.signals.replace_default(counted)
+    try:
+        with engine_servers.serving(VLLM()) as engine:
+            push("sql", "vllm", engine.url, pushed)
+            with pytest.raises(NotFound):
+                push("sq", "vllm", engine.url, pushed)
+    finally:
+        serving.signals.replace_default(before)
+    found = {dict(series.labels)["outcome"]: timing.count for series, timing in counted.snapshot().timings.items()}
+    assert found == {"loaded": 1, "failed": 1}
+
+
+def test_the_command_line(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOREG_HOME", str(pushed.home))
+    monkeypatch.setenv("LOREG_ENGINE_KEY", "sk-one")
+    with engine_servers.serving(SGLang()) as engine:
+        engine.key = "sk-one"
+        words = ["serve-push", "sql", "--engine", "sglang", "--url", engine.url]
+        result = CliRunner().invoke(main, [*words, "--json"])
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert document["action"] == "loaded"
+        assert document["digest"] == str(pushed.find("sql").digest)
+        assert document["request"] == {"model": "sql"}
+        assert engine.held == {"sql": document["path"]}
+        assert "was loaded already, as sql" in CliRunner().invoke(main, words).stdout
+        assert "nothing is sql any more" in CliRunner().invoke(main, [*words, "--unload"]).stdout
+        assert engine.held == {}
+        monkeypatch.delenv("LOREG_ENGINE_KEY")
+        refused = CliRunner().invoke(main, [*words, "--timeout", "5", "--json"])
+        assert refused.exit_code == 7
+        assert json.loads(refused.stdout)["error"]["type"] == "RemoteError"
