@@ -79,8 +79,8 @@ class Database:
         return self.kind.changes(name)
 
     def stamp(self) -> Hashable | None:
-        """What is another one after any commit, so that rows that were read stay known as long as it is the same;
-        None if that cannot be told for less than a look at them. Cheap, and of no snapshot."""
+        """What is another one after each commit that changes what a name stands for, so that what was found stays
+        known as long as it is the same; None if it cannot be told. Cheap, and of no snapshot."""
         return self.kind.stamp()
 
     def close(self) -> None:

@@ -43,7 +43,8 @@ class Kind(Protocol):
         """Have it there, at revision ``HEAD``: made if there is none, upgraded after a backup, or refused."""
 
     def stamp(self) -> Hashable | None:
-        """What is another one after any commit, by whomever; None if that takes as long as a look at the rows."""
+        """What is another one after a commit that changes what a name stands for, by whomever; None if it cannot be
+        told."""
 
     def close(self) -> None:
         """Let go of what ``stamp`` keeps."""

@@ -20,9 +20,11 @@ under the same lock, so a catalog is there whole or not at all, and processes th
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +93,9 @@ class PostgreSQL:
         """Raises NotFound if psycopg is not installed, UsageError for a URL that it does not understand."""
         self.name = _shown(url)
         self._schema: str | None = None
+        self._looking = threading.Lock()
+        self._looker: tuple[int, Notifications] | None = None
+        self._looked = object()
         self._own = {name: value for name, value in _DEFAULTS.items() if name not in url.query}
         try:
             self._engine = create_engine(
@@ -113,11 +118,22 @@ class PostgreSQL:
     def engine(self) -> Engine:
         return self._engine
 
-    def stamp(self) -> None:
-        return None
+    def stamp(self) -> Hashable | None:
+        """By what a connection that listens is told of: one round trip, and what was committed before has come by
+        then, as a server sends out the notices of a transaction before it acknowledges its commit."""
+        with self._looking:
+            if self._looker is None or self._looker[0] != os.getpid():
+                self._looker = os.getpid(), Notifications(self, None)
+            _, changes = self._looker
+            if changes.happened():
+                self._looked = object()
+            return self._looked if changes.told else None
 
     def close(self) -> None:
-        return None
+        with self._looking:
+            if self._looker is not None and self._looker[0] == os.getpid():
+                self._looker[1].close()
+            self._looker = None
 
     def is_full(self) -> bool:
         return False  # a server says so itself

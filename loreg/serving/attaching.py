@@ -28,6 +28,7 @@ from loreg.digest import Digest
 from loreg.errors import Conflict, NotFound, UsageError
 from loreg.format.reference import parse_expression
 from loreg.registry import Registry
+from loreg.serving import signals
 from loreg.serving.defaults import default_registry
 from loreg.serving.live import Check, Merged, Ready, prepare, state_of
 from loreg.serving.originals import Originals
@@ -138,7 +139,7 @@ class Live:
         parameter was changed by somebody else, CheckFailed if bytes differ. If it is interrupted it goes on to the
         end first.
         """
-        with self._readers.writing():
+        with self._readers.writing(), signals.default().time("change", done="restore"):
             if self._lost:
                 self._require_whole()
             if self._merged is not None:
@@ -190,7 +191,8 @@ class Live:
         self, expression: str, scale: float, method: str, parameters: Mapping[str, Any] | None, replace: bool
     ) -> State:
         ready = self._prepared(expression, scale, method, parameters)
-        with self._readers.writing():
+        done = "swap" if self._merged is not None else "apply"
+        with self._readers.writing(), signals.default().time("change", done=done):
             self._require_whole()
             if self._merged is not None and not replace:
                 raise Conflict(

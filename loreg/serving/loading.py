@@ -16,6 +16,7 @@ from loreg.format.module import IN_OUT
 from loreg.format.terms import FormTerm
 from loreg.registry import Registry, Version
 from loreg.registry.inputs import choose_device, low_rank
+from loreg.serving import signals
 from loreg.serving.defaults import default_registry
 from loreg.tensors import TORCH
 
@@ -52,10 +53,11 @@ def load(
     registry = registry or default_registry()
     target = choose_device(device)
     loaded = {}
-    for path, terms in factors_of(registry, registry.resolve(reference), target, modules).items():
-        delta = terms[0] if len(terms) == 1 else concatenate(terms, torch.float32)
-        A, B = (_converted(factor, dtype, f"{reference}: {path!r}") for factor in (delta.right, delta.left))
-        loaded[path] = A, B, delta.scale
+    with signals.default().time("load", device=target.type):
+        for path, terms in factors_of(registry, registry.resolve(reference), target, modules).items():
+            delta = terms[0] if len(terms) == 1 else concatenate(terms, torch.float32)
+            A, B = (_converted(factor, dtype, f"{reference}: {path!r}") for factor in (delta.right, delta.left))
+            loaded[path] = A, B, delta.scale
     return loaded
 
 

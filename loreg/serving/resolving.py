@@ -29,6 +29,7 @@ from loreg.errors import BaseMismatch, CheckFailed, NotFound, UsageError
 from loreg.registry import Registry, Version
 from loreg.registry.exporting import folded_directory, peft_directory
 from loreg.registry.storage import Storage
+from loreg.serving import signals
 from loreg.serving.bases import fit
 from loreg.serving.defaults import default_registry
 from loreg.serving.directories import SPARED, Directories, Files, Record, stamps
@@ -104,7 +105,7 @@ class Resolver:
     ) -> None:
         self._registry = registry
         self.directories = Directories(root or registry.home / "serving", limit, spared, check=registry.storage.found)
-        self._flights: Flights[Record] = Flights()
+        self._flights: Flights[tuple[Record, str]] = Flights()
         self._rows: OrderedDict[str, tuple[Hashable, VersionRow]] = OrderedDict()
         self._seen: dict[str, tuple[Record, tuple[FileStamp, ...]]] = {}
         self._hits = self._misses = 0
@@ -130,6 +131,19 @@ class Resolver:
         max_bytes: int | None = None,
     ) -> Resolved:
         """See ``resolve``."""
+        with signals.default().time("resolve", outcome="error") as timer:
+            found, timer.labels["outcome"] = self._resolved(reference, base, form, timeout, max_bytes)
+        return found
+
+    def _resolved(
+        self,
+        reference: str,
+        base: str | Path | Digest | None,
+        form: Form,
+        timeout: float | None,
+        max_bytes: int | None,
+    ) -> tuple[Resolved, str]:
+        """And how: it was at ``hand``, it was ``found`` on the disk, or it was ``made``."""
         if form not in _FORMS:
             raise UsageError(f"{form!r} is not a form of a directory: expected one of {', '.join(_FORMS)}.")
         if timeout is not None and timeout < 0:
@@ -138,13 +152,15 @@ class Resolver:
         name = row.digest.hex + _FORMS[form][0]
         if base is not None:
             self._check_base(row, base)
+        how = "hand"
         if (record := self._at_hand(name)) is not None:
             self._hits += 1
         else:
             work = partial(self._make, name, row, form, max_bytes)
-            record = self._flights.run((name, max_bytes), work, timeout, reference)
+            record, how = self._flights.run((name, max_bytes), work, timeout, reference)
         self._refuse_large(row, record.nbytes, max_bytes)
-        return Resolved(row.digest, self.directories.path(name), record.base, record.max_rank, record.nbytes)
+        path = self.directories.path(name)
+        return Resolved(row.digest, path, record.base, record.max_rank, record.nbytes), how
 
     def find(self, reference: str) -> VersionRow:
         """What ``Registry.find`` says, without asking again as long as nobody has committed anything."""
@@ -181,9 +197,11 @@ class Resolver:
         self.directories.note(name)
         return record
 
-    def _make(self, name: str, row: VersionRow, form: Form, max_bytes: int | None) -> Record:
+    def _make(self, name: str, row: VersionRow, form: Form, max_bytes: int | None) -> tuple[Record, str]:
         began = time.time_ns()
-        if (record := self.directories.find(name)) is None:
+        record, how = self.directories.find(name), "found"
+        if record is None:
+            how = "made"
             self._misses += 1
             version = self._version(row)
             self._refuse_large(row, _least(version), max_bytes)
@@ -199,7 +217,7 @@ class Resolver:
             # One that was just written may be written again within the same tick of the clock, and keep its stamp.
             if all(stamp.settled_at(began) for stamp in found):
                 self._seen[name] = record, found
-        return record
+        return record, how
 
     def _refuse_large(self, row: VersionRow, nbytes: int, limit: int | None) -> None:
         if limit is not None and nbytes > limit:

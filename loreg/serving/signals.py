@@ -29,7 +29,12 @@ BOUNDS = tuple(digit * 10.0**power for power in range(-5, 2) for digit in (1, 2.
 """The upper bounds, in seconds, between which timings are counted: 10 µs to 50 s, three for each power of ten."""
 
 HELP = {
-    "resolve": "How long it took to turn a reference into a directory.",
+    "resolve": "How long it took to turn a reference into a directory that was at hand, found on the disk, or made.",
+    "load": "How long it took to load the factors of a version, by the kind of device.",
+    "change": "How long a live model took to be changed, and readers of it had to wait, by what was done.",
+    "cache_hits": "Factors that a tier of a cache had.",
+    "cache_misses": "Factors that a tier of a cache had not.",
+    "cache_evictions": "Factors that left a tier of a cache for others.",
     "watch_moves": "Moves of a watched reference that were told.",
     "watch_outages": "Times at which a watched catalog could not be read, and was asked again later.",
     "push": "How long it took to load an adapter into an engine or out of it, by engine, action and outcome.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from loreg.errors import CheckFailed
+from loreg.serving import signals
 
 V = TypeVar("V")
 
@@ -42,7 +43,8 @@ class Tier(Generic[V]):
         self.name, self.limit = name, limit
         self._changed = threading.Lock()
         self._entries: OrderedDict[Hashable, _Entry[V]] = OrderedDict()
-        self._nbytes = self._hits = self._misses = self._evictions = 0
+        self._nbytes = 0
+        self._counts = {"hits": 0, "misses": 0, "evictions": 0}
 
     def acquire(self, key: Hashable, what: str, size: Callable[[], int], make: Callable[[], V]) -> V:
         """The value of ``key``, which stays until it is released, by as many as acquired it.
@@ -59,9 +61,9 @@ class Tier(Generic[V]):
                 self._make_room(what, nbytes)
                 entry = self._entries[key] = _Entry(Future(), nbytes)
                 self._nbytes += nbytes
-                self._misses += 1
+                self._count("misses")
             else:
-                self._hits += 1
+                self._count("hits")
                 self._entries.move_to_end(key)
             assert entry is not None
             entry.users += 1
@@ -95,9 +97,7 @@ class Tier(Generic[V]):
     def statistics(self) -> Statistics:
         with self._changed:
             used = sum(not _is_free(entry) for entry in self._entries.values())
-            return Statistics(
-                len(self._entries), self._nbytes, self.limit, used, self._hits, self._misses, self._evictions
-            )
+            return Statistics(len(self._entries), self._nbytes, self.limit, used, **self._counts)
 
     def _make_room(self, what: str, nbytes: int) -> None:
         """All of it, or nothing leaves."""
@@ -118,7 +118,11 @@ class Tier(Generic[V]):
             )
         for key in chosen:
             self._nbytes -= self._entries.pop(key).nbytes
-            self._evictions += 1
+            self._count("evictions")
+
+    def _count(self, what: str) -> None:
+        self._counts[what] += 1
+        signals.default().count(f"cache_{what}", tier=self.name)
 
 
 def _is_whole(entry: _Entry[V]) -> bool:
