@@ -1,0 +1,27 @@
+"""A program: reads models, a prompt and a number of tokens as JSON, and prints what vLLM generates with each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    given, found = json.load(sys.stdin), list[Any]()
+    greedy = SamplingParams(temperature=0, max_tokens=given["tokens"], logprobs=0, ignore_eos=True)
+    for model in given["models"]:
+        llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8)
+        (result,) = llm.generate([{"prompt_token_ids": given["prompt"]}], greedy, use_tqdm=False)
+        (output,) = result.outputs
+        steps = zip(output.token_ids, output.logprobs, strict=True)
+        found.append([list(output.token_ids), [each[token].logprob for token, each in steps]])
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":  # vLLM starts its engine as a process that imports this
+    main()
