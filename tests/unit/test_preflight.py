@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -525,3 +526,23 @@ def test_an_unknown_reference(pushed: loreg.Registry) -> None:
 def test_the_registry_of_the_environment(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOREG_HOME", str(pushed.home))
     assert serving.preflight("sql", "vllm") == serving.preflight("sql", "vllm", pushed)
+
+
+# ---- what is written of it ----
+
+SPEC = (Path(__file__).resolve().parents[2] / "spec" / "engines.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_page_of_engines_is_kept(engine: str) -> None:
+    """Its row has the version and every limit, its section every subject of a rule, and whether folding mends it."""
+    rules = ENGINES[engine]
+    (row,) = re.findall(rf"^\| {re.escape(engine)} \|.*$", SPEC, re.MULTILINE)
+    assert rules.version in row
+    assert set(re.findall(r"`([a-z_]+)`", row.rpartition(" | ")[2])) == set(rules.limits)
+    (section,) = re.findall(rf"^## {re.escape(rules.title)}\n(.*?)(?=^## |\Z)", SPEC, re.MULTILINE | re.DOTALL)
+    for _, of, _, _, expected in RULES:
+        for effect, subject, folded in expected if of == engine else ():
+            lines = [line for line in section.splitlines() if re.search(rf"\b{subject}\b", line)]
+            assert any(effect in line.lower() or "the same" in section for line in lines), (effect, subject)
+            assert not folded or any("†" in line for line in lines), (effect, subject)
