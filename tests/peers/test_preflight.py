@@ -87,6 +87,15 @@ def test_parameters_are_no_layers_to_an_engine(registry: Registry, tmp_path: Pat
     assert {finding.subject for finding in found.findings} == {"target_parameters"} and found.form is None
 
 
+def test_initial_factors_double_the_rank(registry: Registry, tmp_path: Path) -> None:
+    built = _LORA["PiSSA"].build(tmp_path)
+    registry.push(built.adapter, base=built.base, name="adapter", **built.push)
+    r = _said(built.adapter).r
+    assert serving.preflight("adapter", "tensorrt-llm", registry, max_lora_rank=2 * r).findings == ()
+    (finding,) = serving.preflight("adapter", "tensorrt-llm", registry, max_lora_rank=2 * r - 1).findings
+    assert finding.subject == "rank" and f"rank is {2 * r}," in finding.reason
+
+
 def test_a_scale_that_would_be_misread_is_another_model(registry: Registry, tmp_path: Path) -> None:
     """As llama.cpp reads it: α/r whatever use_rslora says. PEFT, told the same, gives other outputs than trained."""
     built = _LORA["rsLoRA"].build(tmp_path)

@@ -14,7 +14,7 @@ from loreg.serving.engines import rules
 from loreg.serving.engines.described import Described
 from loreg.serving.engines.rules import MERGE, EngineRules, Finding, mended, some
 
-_NORM = ("_layernorm", ".norm", "_norm")
+_NORM = ("_layernorm", ".norm")
 
 
 def _findings(described: Described, given: Mapping[str, Any]) -> Iterator[Finding]:
