@@ -101,7 +101,8 @@ def test_vllm_refuses_what_it_is_said_to_and_reads_the_rest_as_it_is(
 
 
 def check_products(found: LoRAModel, registry: loreg.Registry) -> None:
-    expected = serving.load("sql", registry, dtype=torch.float64)
+    modules = list(registry.resolve("sql").manifest.modules)
+    expected = serving.load("sql", registry, dtype=torch.float64, modules=modules)
     assert set(found.loras) == set(expected)
     for path, (A, B, scale) in expected.items():
         theirs = found.loras[path]
