@@ -8,11 +8,12 @@ made; ``dense()`` is the slow truth that everything faster is tested against.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,9 +34,37 @@ def _check_values(name: str, tensor: Tensor) -> None:
         raise BadInput(f"the {name} of a delta holds NaN or infinity: the adapter is damaged or diverged.")
 
 
+_INFINITY: Mapping[torch.dtype, tuple[torch.dtype, str, int]] = {
+    torch.bfloat16: (torch.int16, "u2", 0x7F80),
+    torch.float16: (torch.int16, "u2", 0x7C00),
+    torch.float32: (torch.int32, "u4", 0x7F80_0000),
+    torch.float64: (torch.int64, "u8", 0x7FF0_0000_0000_0000),
+}
+"""The words that values are, for torch and for numpy, and that of infinity, of which NaN is beyond."""
+
+_BLOCK = 1 << 15
+"""Words that are looked at together: they fit the first cache of a core."""
+
+
+def _finite_here(tensor: Tensor) -> bool:
+    """By the bits, on a CPU, and in this thread. torch would split each factor over its threads, and wait for them:
+    where other programs have the cores, the 300 factors of an adapter then take ten times as long."""
+    kind, word, infinity = _INFINITY[tensor.dtype]
+    flat = tensor.mT if tensor.dim() > 1 and tensor.mT.is_contiguous() else tensor
+    words = flat.detach().reshape(-1).view(kind).numpy().view(word)
+    room = np.empty(min(_BLOCK, len(words)), word)
+    for first in range(0, len(words), _BLOCK):
+        block = words[first : first + _BLOCK]
+        if np.left_shift(block, 1, out=room[: len(block)]).max() >= 2 * infinity:  # without the sign
+            return False
+    return True
+
+
 def _all_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1 or tensor.numel() == 0:
         return bool(finite(tensor).all())
+    if tensor.device.type == "cpu":
+        return _finite_here(tensor)
     # Ten times faster than a look at each element: NaN and infinity both show in the extremes.
     return all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(tensor)).tolist())
 

@@ -23,6 +23,7 @@ from tests.benchmarks.memory import memory
 from tests.benchmarks.merging import many, merge, undo, verify
 from tests.benchmarks.pairs import Row, Unmeasured, unmeasured
 from tests.benchmarks.scale import scale
+from tests.benchmarks.serving import serving
 from tests.benchmarks.startup import startup
 
 SECTIONS: dict[str, Callable[[Bench], Lines]] = {
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Bench], Lines]] = {
     "verify": verify,
     "memory": memory,
     "live": live,
+    "serving": serving,
     "combine": combine,
     "scale": scale,
     "gpu": gpu,

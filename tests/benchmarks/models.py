@@ -120,20 +120,20 @@ def _write(descriptor: int, drawn: torch.Tensor, position: int, count: int, norm
         left -= os.write(descriptor, turned[:left].data)
 
 
-def make_adapter(folder: Path, shape: Shape, seed: int, relative: float = 0.01) -> None:
-    """A PEFT adapter of rank 16 on every linear layer, in bf16, with ‖ΔW‖ of about ``relative``·‖W‖."""
+def make_adapter(folder: Path, shape: Shape, seed: int, relative: float = 0.01, rank: int = RANK) -> None:
+    """A PEFT adapter on every linear layer, in bf16, with ‖ΔW‖ of about ``relative``·‖W‖."""
     generator = torch.Generator().manual_seed(seed)
     # ΔW = 2·B·A: of a standard deviation 2·√r·σ², against W's 0.02.
-    sigma = math.sqrt(relative * 0.02 / (2 * math.sqrt(RANK)))
+    sigma = math.sqrt(relative * 0.02 / (2 * math.sqrt(rank)))
     tensors = {}
     for layer in range(shape.layers):
         for name, (out, inner) in shape.linears.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
-            for end, size in (("lora_A", (RANK, inner)), ("lora_B", (out, RANK))):
+            for end, size in (("lora_A", (rank, inner)), ("lora_B", (out, rank))):
                 factor = (torch.randn(*size, generator=generator) * sigma).to(torch.bfloat16)
                 tensors[f"{path}.{end}.weight"] = factor
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted(name.rpartition(".")[2] for name in shape.linears)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets, "bias": "none"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -355,6 +355,24 @@ def test_what_does_not_fit_is_refused() -> None:
             prepared.tile(W, start, torch.empty(2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, turned: bool) -> None:
+    """More of them than are looked at together; also the largest finite value, beside which infinity lies."""
+    top = torch.finfo(dtype).max
+    for place in (0, 1, 32767, 32768, 40_000 - 1):
+        for value, fine in ((math.nan, False), (-math.inf, False), (math.inf, False), (top, True), (-top, True)):
+            factor = torch.zeros(40_000, dtype=torch.float64)
+            factor[place] = value
+            factor = factor.to(dtype).view(200, 200)
+            factor = factor.mT if turned else factor
+            if fine:
+                LowRank(factor, torch.ones(200, 1, dtype=dtype))
+            else:
+                with pytest.raises(BadInput, match="left factor of a delta holds NaN or infinity"):
+                    LowRank(factor, torch.ones(200, 1, dtype=dtype))
+
+
 # --- combining -----------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,11 @@ ROWS = {
     "verify": [f"{place}: merge and `--verify probe`" for place in PLACES],
     "memory": ["merge of tiny,", "merge of tiny, twice as wide,", "how far the two are apart"],
     "live": ["live model on the CPU, against PEFT `merge_adapter`", "live unmerge with the journal", "what is kept"],
+    "serving": [
+        "load of an adapter of",
+        "8 adapters unmerged in a batch, 32 positions each",
+        "8 adapters unmerged in a batch, 1 position each",
+    ],
     "combine": ["`svd`, per module of 128²", "`svd`, all 14 modules of a tiny Llama", "extract, a dense"],
     "scale": [
         f"{kind}: {what}"
