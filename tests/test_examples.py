@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import live_models
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 from hub_server import HubServer
 
@@ -160,15 +162,37 @@ def test_readme_commands(small: Path, hub: HubServer) -> None:
     check_outcome(small, hub)
 
 
+class Tiny(torch.nn.Module):
+    """The tiny model with an output of its two projections."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        inner = live_models.module_of(tiny.tensors_in(folder))
+        for path in (tiny.Q, tiny.V):
+            owner, _, name = path.rpartition(".")
+            bare = inner.get_submodule(path)
+            rows, columns = bare.weight.shape
+            layer = torch.nn.Linear(columns, rows, bias=getattr(bare, "bias", None) is not None)
+            layer.load_state_dict(bare.state_dict(), assign=True)
+            setattr(inner.get_submodule(owner), name, layer)
+        for name, child in inner.named_children():
+            self.add_module(name, child)
+        for name, tensor in inner.named_parameters(recurse=False):
+            self.register_parameter(name, tensor)
+
+    def forward(self, words: torch.Tensor) -> SimpleNamespace:
+        q, v = (self.get_submodule(path) for path in (tiny.Q, tiny.V))
+        ones = [torch.ones(*words.shape, layer.in_features, dtype=layer.weight.dtype) for layer in (q, v)]
+        return SimpleNamespace(logits=q(ones[0]).sum(-1, keepdim=True) + v(ones[1]))
+
+
 def test_readme_python(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, object] = {}
     # Of the tiny model transformers has no class.
     auto = pytest.importorskip("transformers").AutoModelForCausalLM
-    monkeypatch.setattr(
-        auto, "from_pretrained", lambda folder, dtype: live_models.module_of(tiny.tensors_in(Path(folder)))
-    )
+    monkeypatch.setattr(auto, "from_pretrained", lambda folder, dtype: Tiny(Path(folder)))
     exec("\n".join(blocks("python")), names)
-    assert re.search(r" True\n.*\nTrue\n$", capsys.readouterr().out, re.DOTALL)
+    assert re.search(r" True\n.*\nTrue\ntorch\.Size\(\[3, 3, \d+\]\)\n$", capsys.readouterr().out, re.DOTALL)
     assert names["found"].weights == pytest.approx({"sql": 0.7, "humor": -0.3}, abs=0.05)
     assert names["factors"][tiny.Q][0].shape == (4, 24)
     assert (small / "demo" / "found" / "loreg.json").is_file()
@@ -183,7 +207,8 @@ def test_readme_commands_on_real_weights(real: Path, hub: HubServer) -> None:
 
 @on_real_weights
 def test_readme_python_on_real_weights(real: Path) -> None:
-    assert " True\n" in run([sys.executable, "-c", "\n".join(blocks("python"))], real)
+    printed = run([sys.executable, "-c", "\n".join(blocks("python"))], real)
+    assert " True\n" in printed and "\nTrue\n" in printed
 
 
 def test_the_search_finds_the_weights_that_the_task_is_made_of() -> None:
