@@ -49,10 +49,11 @@ def serve_push(
     given: dict[str, Any],
     timeout: float | None,
 ) -> None:
-    """Load a version into a running engine, in place of the old one, or unload it.
+    """Load a version into a running engine, or unload it.
 
-    What the engine would refuse or misread is refused before it is told. It has to see the same directory as this
-    machine. A key that it asks for is read from $LOREG_ENGINE_KEY.
+    It takes the place of what the engine has under that name. What the engine would refuse or misread is refused
+    before it is told. It has to see the same directory as this machine. A key that it asks for is read from
+    $LOREG_ENGINE_KEY.
 
     \b
       loreg serve-push sql:prod --engine vllm --url http://localhost:8000 --limit max_lora_rank=64
