@@ -108,6 +108,20 @@ class LowRank:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        self._check_fit()
+        _check_values("left factor", self.left)
+        _check_values("right factor", self.right)
+
+    @classmethod
+    def of_finite(cls, left: Tensor, right: Tensor, scale: float) -> LowRank:
+        """Of factors that were looked at before, and found finite: to look again takes longer than to map them."""
+        delta = object.__new__(cls)
+        for name, value in (("left", left), ("right", right), ("scale", scale)):
+            object.__setattr__(delta, name, value)
+        delta._check_fit()
+        return delta
+
+    def _check_fit(self) -> None:
         left, right = tuple(self.left.shape), tuple(self.right.shape)
         fits = len(left) == len(right) in (2, 3) and left[-1] == right[-2] and left[:-2] == right[:-2]
         if not fits or 0 in left + right:
@@ -117,8 +131,6 @@ class LowRank:
             )
         if self.left.device != self.right.device:
             raise BadInput(f"the factors of a delta are on {self.left.device} and {self.right.device}.")
-        _check_values("left factor", self.left)
-        _check_values("right factor", self.right)
         _check_scale(self.scale)
 
     @property

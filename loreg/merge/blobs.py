@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import mmap
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from loreg.checkpoint import StoredTensor, open_binary, read_exactly
+from loreg.algebra.delta import LowRank
+from loreg.checkpoint import FileStamp, StoredTensor, open_binary, read_exactly
+from loreg.digest import Digest
 from loreg.errors import BadInput
+from loreg.format.safetensors import Header
 from loreg.merge.inputs import BlobReader
 from loreg.tensors import from_buffer, to_memory, torch_dtype
 
@@ -22,7 +26,45 @@ _STAGE = 4 << 20
 """Bytes of each of the two pinned buffers: to pin is slow, and to start a copy of that many costs little."""
 
 
-class MappedBlob(BlobReader):
+@dataclass(slots=True)
+class Content:
+    """What was found out of a blob: its header, and which of its tensors are finite. Its digest says all its bytes,
+    so that none of it has to be found out again."""
+
+    header: Header | None = None
+    finite: set[str] = field(default_factory=set)
+
+
+@lru_cache(maxsize=256)
+def content_of(digest: Digest) -> Content:
+    """Of the blob with that digest, of which the last 256 are remembered."""
+    return Content()
+
+
+class VerifiedBlob(BlobReader):
+    """A blob whose bytes are those of its digest, of which ``content`` is known."""
+
+    def __init__(self, path: Path, content: Content) -> None:
+        self._content = content
+        super().__init__(path)
+
+    def read_header(self, stamp: FileStamp) -> Header:
+        known = self._content.header
+        if known is not None and known.file_size == stamp.size:
+            return known
+        self._content.header = super().read_header(stamp)  # or says what is wrong with a file that was cut
+        return self._content.header
+
+    def low_rank(self, A: str, B: str, scale: float, device: torch.device) -> LowRank:
+        left, right = self.tensor(B).to(device), self.tensor(A).to(device)
+        if {A, B} <= self._content.finite:
+            return LowRank.of_finite(left, right, scale)
+        delta = LowRank(left, right, scale)
+        self._content.finite |= {A, B}
+        return delta
+
+
+class MappedBlob(VerifiedBlob):
     """The tensors are views of one mapping of the file: no page is copied until somebody writes to it, and then for
     this process alone. The mapping lasts as long as one of them does, also when the file is removed meanwhile.
 
@@ -65,12 +107,12 @@ class _Stage(NamedTuple):
     copied: torch.cuda.Event
 
 
-class StreamedBlob(BlobReader):
+class StreamedBlob(VerifiedBlob):
     """The tensors are on a CUDA device, each read by pieces through pinned memory into its place there: while one
     piece travels the next is read."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, content: Content, device: torch.device) -> None:
+        super().__init__(path, content)
         self._device = device
 
     @cached_property

@@ -80,8 +80,8 @@ class AdapterInput:
         edit = WeightedSum()
         for index, term in enumerate(module.terms):
             if isinstance(term, LowRankTerm):
-                A, B = (self._factors.tensor(name).to(device) for name, _ in term.named(path, index))
-                delta = LowRank(B, A, term.scale)
+                A, B = (name for name, _ in term.named(path, index))
+                delta = self._factors.low_rank(A, B, term.scale, device)
                 edit += WeightedSum((delta.mT if turned else delta,))
             else:
                 found = self._formed(term, out_in, (lambda: base().mT) if turned else base, device)
@@ -138,10 +138,13 @@ class BlobReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         stamp = FileStamp.of(path)
-        with open_binary(path) as file, reading(path):
-            self.header: Header = read_header(file, stamp.size, what=f"blob {path.name}")
+        self.header = self.read_header(stamp)
         self._infos = self.header.by_name()
         self.shard = Shard(path, self.header, stamp)
+
+    def read_header(self, stamp: FileStamp) -> Header:
+        with open_binary(self.path) as file, reading(self.path):
+            return read_header(file, stamp.size, what=f"blob {self.path.name}")
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor by its name. Raises BadInput if there is none, or its bytes are not to be had."""
@@ -152,6 +155,10 @@ class BlobReader:
     def bring(self, stored: StoredTensor) -> torch.Tensor:
         """Where a tensor goes: here, into memory of its own on the CPU."""
         return read_values(stored)
+
+    def low_rank(self, A: str, B: str, scale: float, device: torch.device) -> LowRank:
+        """scale·BA of the tensors of these names, on ``device``. Raises BadInput for NaN or infinity."""
+        return LowRank(self.tensor(B).to(device), self.tensor(A).to(device), scale)
 
 
 def mapped(path: Path, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from loreg.algebra.delta import LowRank, concatenate
 from loreg.errors import NotFound, UsageError
 from loreg.format.recipe import Recipe
 from loreg.format.reference import Reference, parse_expression
-from loreg.merge.blobs import MappedBlob, StreamedBlob
+from loreg.merge.blobs import MappedBlob, StreamedBlob, content_of
 from loreg.merge.inputs import AdapterInput
 from loreg.registry.core import Registry
 from loreg.registry.versions import Version
@@ -88,7 +88,12 @@ def low_rank(
     if blob is None:
         return
     blobs = {blob.digest: registry.storage.path(blob.digest)}
-    open_factors = MappedBlob if device.type == "cpu" else partial(StreamedBlob, device=device)
+    content = content_of(blob.digest)
+    open_factors = (
+        partial(MappedBlob, content=content)
+        if device.type == "cpu"
+        else partial(StreamedBlob, content=content, device=device)
+    )
     adapter = AdapterInput(str(version), 1.0, version.digest, version.manifest, blobs, open_factors)
     for path in paths:
         yield path, factors(adapter, path, device)

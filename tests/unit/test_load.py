@@ -14,6 +14,8 @@ import torch
 
 import loreg
 from loreg import serving
+from loreg.adapters.draft import RawTensor
+from loreg.algebra import delta
 from loreg.errors import BadInput, NotFound, Unsupported, UsageError
 from loreg.merge import blobs
 from loreg.tensors import TORCH, to_memory
@@ -51,8 +53,8 @@ def test_what_registry_load_gives_is_mapped_too(pushed: loreg.Registry) -> None:
     deltas = pushed.load("sql")
     path = str(blob_of(pushed, "sql"))
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mappings() if line.split()[-1] == path]
-    for delta in deltas.values():
-        assert any(low <= delta.left.data_ptr() < high for low, high in spans)
+    for found in deltas.values():
+        assert any(low <= found.left.data_ptr() < high for low, high in spans)
 
 
 def test_they_outlive_the_version_and_the_registry(pushed: loreg.Registry) -> None:
@@ -197,7 +199,7 @@ def test_a_file_that_is_cut_under_its_mapping(tmp_path: Path, size: int) -> None
     values = tiny.tensor("F32", np.ones((4, 2048)))
     path = tmp_path / "blob"
     path.write_bytes(tiny.container([("one", values), ("two", values)]))
-    reader = blobs.MappedBlob(path)
+    reader = blobs.MappedBlob(path, blobs.Content())
     assert reader.tensor("one").sum() == 4 * 2048
     os.truncate(path, size)
     with pytest.raises(BadInput, match=r"cannot be read up to the end of 'two': was it cut\?"):
@@ -207,7 +209,7 @@ def test_a_file_that_is_cut_under_its_mapping(tmp_path: Path, size: int) -> None
 def test_a_file_that_is_cut_before_it_is_mapped(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(tiny.container([("one", tiny.tensor("F32", np.ones((4, 2048))))]))
-    reader = blobs.MappedBlob(path)
+    reader = blobs.MappedBlob(path, blobs.Content())
     os.truncate(path, 4096)
     with pytest.raises(BadInput, match=r"cannot be mapped.*was it cut\?"):
         reader.tensor("one")
@@ -234,3 +236,32 @@ def test_a_damaged_blob_is_found(pushed: loreg.Registry) -> None:
     path.write_bytes(data)
     with pytest.raises(BadInput, match=r"corrupt.*sql:v1"):
         serving.load("sql", pushed)
+
+
+def test_what_is_not_finite_is_refused_every_time(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are looked at once, and those that were found wrong, again. No push stores them; others' tools may."""
+    monkeypatch.setattr(RawTensor, "check_finite", lambda tensor: None)
+    adapter = tiny.adapter()
+    values = adapter[V].B.values.copy()
+    values[3, 1] = np.inf
+    made = tiny.write_adapter(tmp_path / "bad", {**adapter, V: adapter[V]._replace(B=tiny.tensor("F32", values))})
+    pushed.push(made, base="base", name="bad")
+    for _ in range(2):
+        assert list(serving.load("bad", pushed, modules=["q_proj"])) == [Q]
+        with pytest.raises(BadInput, match="left factor of a delta holds NaN or infinity"):
+            serving.load("bad", pushed)
+
+
+def test_a_second_load_looks_at_no_value_again(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = list[torch.Tensor]()
+    honest = delta._all_finite
+    monkeypatch.setattr(delta, "_all_finite", lambda tensor: looked.append(tensor) or honest(tensor))
+    blobs.content_of.cache_clear()
+    first = serving.load("sql", pushed)
+    assert len(looked) == 4
+    again = serving.load("sql", pushed)
+    assert len(looked) == 4
+    for path, (A, B, scale) in first.items():
+        assert torch.equal(A, again[path][0]) and torch.equal(B, again[path][1]) and scale == again[path][2]
