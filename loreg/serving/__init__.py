@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from loreg.serving.attaching import Live, State, attach
-from loreg.serving.bases import Fit, check_base
+from loreg.serving.bases import Fit, check_base, check_base_async
 from loreg.serving.caching import Cache, Pin
 from loreg.serving.live import Merged, merge_, unmerge_
-from loreg.serving.loading import load
-from loreg.serving.packing import Packed, Stacked, pack
-from loreg.serving.preflight import Preflight, preflight
+from loreg.serving.loading import load, load_async
+from loreg.serving.packing import Packed, Stacked, pack, pack_async
+from loreg.serving.preflight import Preflight, preflight, preflight_async
 from loreg.serving.pushing import Pushed, push, push_async
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
@@ -33,10 +33,14 @@ __all__ = [
     "Watch",
     "attach",
     "check_base",
+    "check_base_async",
     "load",
+    "load_async",
     "merge_",
     "pack",
+    "pack_async",
     "preflight",
+    "preflight_async",
     "push",
     "push_async",
     "resolve",

@@ -8,7 +8,6 @@ live.restore()
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import json
@@ -35,6 +34,7 @@ from loreg.serving.originals import Originals
 from loreg.serving.places import tensors_of
 from loreg.serving.readers import Readers
 from loreg.serving.resolving import Resolver
+from loreg.serving.twins import in_thread
 
 KEPT = 8
 """Expressions that stay prepared: with their factors, on a GPU too."""
@@ -162,21 +162,10 @@ class Live:
         if self._guard is not None:
             self._guard.remove()
 
-    async def apply_async(self, expression: str, **given: Any) -> State:
-        """``apply``, in a thread."""
-        return await asyncio.to_thread(self.apply, expression, **given)
-
-    async def swap_async(self, expression: str, **given: Any) -> State:
-        """``swap``, in a thread."""
-        return await asyncio.to_thread(self.swap, expression, **given)
-
-    async def scale_async(self, weight: float) -> State:
-        """``scale``, in a thread."""
-        return await asyncio.to_thread(self.scale, weight)
-
-    async def restore_async(self, *, verify: bool = True) -> State:
-        """``restore``, in a thread."""
-        return await asyncio.to_thread(self.restore, verify=verify)
+    apply_async = in_thread(apply)
+    swap_async = in_thread(swap)
+    scale_async = in_thread(scale)
+    restore_async = in_thread(restore)
 
     def prepare(
         self, expression: str, *, method: str = "linear", parameters: Mapping[str, Any] | None = None

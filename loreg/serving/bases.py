@@ -11,6 +11,7 @@ from loreg.format.base import BaseReference, HubPin
 from loreg.format.fingerprint import Match, match_base
 from loreg.registry import Registry, Version
 from loreg.registry.core import silent
+from loreg.serving.twins import in_thread
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,9 @@ def check_base(reference: str, base: str | Path | torch.nn.Module, registry: Reg
     if not isinstance(base, (str, Path)):
         return _fit_of_model(version, base)
     return fit(registry, version, base)
+
+
+check_base_async = in_thread(check_base)
 
 
 def fit(registry: Registry, version: Version, base: str | Path) -> Fit:

@@ -24,6 +24,7 @@ from loreg.serving.directories import SPARED
 from loreg.serving.loading import load, nbytes_of
 from loreg.serving.resolving import Form, Resolved, Resolver
 from loreg.serving.tiers import Statistics, Tier
+from loreg.serving.twins import in_thread
 
 Place = Literal["disk", "cpu", "gpu"]
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
@@ -124,6 +125,9 @@ class Cache:
         if place == "disk":
             return Pin(self.directory(reference, form=form))
         return Pin(self.factors(reference, place))
+
+    resolve_async = in_thread(resolve)
+    pin_async = in_thread(pin)
 
     def prefetch(self, references: Sequence[str], place: Place) -> list[Future[None]]:
         """Have them there soon, in the background, in this order, in use by nobody. An error is its future's."""

@@ -18,6 +18,7 @@ from loreg.registry import Registry, Version
 from loreg.registry.inputs import choose_device, low_rank
 from loreg.serving import signals
 from loreg.serving.defaults import default_registry
+from loreg.serving.twins import in_thread
 from loreg.tensors import TORCH
 
 _ROUNDED_ONCE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +60,9 @@ def load(
             A, B = (_converted(factor, dtype, f"{reference}: {path!r}") for factor in (delta.right, delta.left))
             loaded[path] = A, B, delta.scale
     return loaded
+
+
+load_async = in_thread(load)
 
 
 def factors_of(

@@ -23,6 +23,7 @@ from loreg.registry.inputs import choose_device
 from loreg.serving.defaults import default_registry
 from loreg.serving.grouping import Group, groups
 from loreg.serving.loading import factors_of
+from loreg.serving.twins import in_thread
 
 Layout = Literal["vllm", "sglang", "sgmv"]
 PACKED: Mapping[str, Sequence[str]] = {
@@ -119,6 +120,9 @@ def pack(
     grouped = groups(registry, versions, packed if layout != "sgmv" else None)
     layers = {group.name: make(parts, group) for group in grouped}
     return Packed(layout, tuple(version.digest for version in versions), tuple(ranks), max_rank, kind, layers)
+
+
+pack_async = in_thread(pack)
 
 
 def _check(references: Sequence[str], max_rank: int, layout: str) -> None:

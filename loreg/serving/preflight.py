@@ -24,6 +24,7 @@ from loreg.serving.engines.described import Words
 from loreg.serving.engines.describing import CONFIG, PEFT, describe, words_of
 from loreg.serving.engines.rules import Effect, Finding
 from loreg.serving.resolving import Form
+from loreg.serving.twins import in_thread
 
 __all__ = ["Effect", "Engine", "Finding", "Form", "Preflight", "preflight"]
 
@@ -77,6 +78,9 @@ def preflight(reference: str, engine: str, registry: Registry | None = None, **l
     version = registry.resolve(reference)
     described = describe(version.manifest, _pushed_config(registry.storage, version.manifest))
     return Preflight(version.digest, engine, rules.findings(described, given))
+
+
+preflight_async = in_thread(preflight)
 
 
 def _pushed_config(storage: Storage, manifest: AdapterManifest) -> Words | None:

@@ -9,7 +9,6 @@ What each engine can be told, and which of its versions was read for it, is in `
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from loreg.serving.defaults import default_registry
 from loreg.serving.preflight import preflight
 from loreg.serving.resolving import resolve
 from loreg.serving.speaking import SPEAKERS, Adapter
+from loreg.serving.twins import in_thread
 
 Action = Literal["loaded", "replaced", "present", "unloaded", "absent"]
 
@@ -94,9 +94,7 @@ def push(
     return Pushed(engine, speaker.server.shown, adapter.name, done, digest, adapter.path or None, request)
 
 
-async def push_async(reference: str, engine: str, url: str, registry: Registry | None = None, **given: Any) -> Pushed:
-    """``push``, which see, in a thread. If the task is cancelled, that goes on until it is done."""
-    return await asyncio.to_thread(push, reference, engine, url, registry, **given)
+push_async = in_thread(push)
 
 
 def _ready(reference: str, engine: str, registry: Registry, name: str | None, limits: Mapping[str, Any]) -> Adapter:

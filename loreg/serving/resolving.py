@@ -10,7 +10,6 @@ whether ``stat`` says of the files what it said when they were hashed.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import OrderedDict
@@ -18,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from loreg.addresses import expanded
@@ -35,6 +34,7 @@ from loreg.serving.defaults import default_registry
 from loreg.serving.directories import SPARED, Directories, Files, Record, stamps
 from loreg.serving.flights import Flights
 from loreg.serving.tiers import Statistics
+from loreg.serving.twins import in_thread
 
 Form = Literal["peft", "folded"]
 _FORMS: Mapping[str, tuple[str, Callable[[Storage, Version], Files]]] = {
@@ -87,10 +87,7 @@ def resolve(
     return resolver.resolve(reference, base=base, form=form, timeout=timeout, max_bytes=max_bytes)
 
 
-async def resolve_async(reference: str, registry: Registry | None = None, **given: Any) -> Resolved:
-    """``resolve``, which see, without a wait of the event loop's: what is not at hand at once is waited for by a
-    thread. If the task is cancelled, that goes on, for whoever asks next."""
-    return await asyncio.to_thread(resolve, reference, registry, **given)
+resolve_async = in_thread(resolve)
 
 
 _RESOLVERS: WeakKeyDictionary[Registry, dict[Path, Resolver]] = WeakKeyDictionary()

@@ -115,3 +115,29 @@ def test_an_error_half_way_on_cuda_leaves_nothing(registry: loreg.Registry, tmp_
     with pytest.raises(BadInput, match="infinite"):
         serving.merge_(model, "sql", registry, check="none")
     assert live_models.bytes_of(model) == before
+
+
+def test_swaps_in_a_live_model(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """The bytes that a model on the CPU has after each, and at the end the base's; unmerged, the same outputs."""
+    here = live_models.module_of(tiny.tensors_in(tmp_path / "base"))
+    there = live_models.module_of(tiny.tensors_in(tmp_path / "base")).cuda()
+    before = live_models.bytes_of(here)
+    both = [serving.attach(model, pushed) for model in (here, there)]
+    for expression in ("sql", "humor", "0.5*sql - humor", "sql"):
+        for live in both:
+            live.swap(expression)
+        assert live_models.bytes_of(there) == live_models.bytes_of(here)
+    for live in both:
+        live.restore()
+    assert live_models.bytes_of(there) == before
+
+
+def test_factors_on_the_device(pushed: loreg.Registry) -> None:
+    expected = serving.load("sql", pushed)
+    with serving.Cache(pushed, device="cuda") as cache:
+        for _ in range(2):  # straight from the file, and then from what the tier above has
+            with cache.factors("sql", "gpu") as found, cache.factors("sql", "cpu"):
+                for path, (A, B, scale) in found.items():
+                    assert A.is_cuda and torch.equal(A.cpu(), expected[path][0])
+                    assert B.is_cuda and torch.equal(B.cpu(), expected[path][1])
+                    assert scale == expected[path][2]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from live_models import bytes_of, module_of
+from live_models import Bytes, bytes_of, module_of
 
 import loreg
 from loreg import serving
@@ -138,6 +138,46 @@ def test_what_was_changed_since_is_known(pushed: loreg.Registry, tmp_path: Path)
     with failing(BadInput, {2}), pytest.raises(BadInput):
         serving.merge_(model, "humor", pushed, check="none")
     serving.unmerge_(model, first)
+    assert bytes_of(model) == before
+
+
+EXPRESSIONS = ("sql", "humor", "0.5*sql - humor", "sql")
+
+
+def fresh(registry: loreg.Registry, folder: Path, expression: str) -> Bytes:
+    with by_torch():
+        model = module_of(tiny.tensors_in(folder))
+        serving.merge_(model, expression, registry)
+        return bytes_of(model)
+
+
+@pytest.mark.usefixtures("little_room")
+def test_swaps(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """The bytes of torch's merge of each, and at the end the base's."""
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    before, live = bytes_of(model), serving.attach(model, pushed)
+    for expression in EXPRESSIONS:
+        live.swap(expression)
+        assert bytes_of(model) == fresh(pushed, tmp_path / "base", expression)
+    live.restore()
+    assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_at_some_steps_of_a_swap(pushed: loreg.Registry, tmp_path: Path, error: type[BaseException]) -> None:
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    before, live = bytes_of(model), serving.attach(model, pushed)
+    live.swap("sql")
+    now = bytes_of(model)
+    with failing(error, set()) as steps:
+        live.swap("humor")
+    live.swap("sql")
+    for step in range(0, steps[0], EVERY):
+        with failing(error, {step}), pytest.raises(error):
+            live.swap("humor")
+        assert bytes_of(model) == now, step
+    live.swap("humor")
+    live.restore()
     assert bytes_of(model) == before
 
 
