@@ -9,6 +9,7 @@ from typing import Any
 
 def main() -> None:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     given, found = json.load(sys.stdin), list[Any]()
     greedy = SamplingParams(temperature=0, max_tokens=given["tokens"], logprobs=0, ignore_eos=True)
@@ -20,8 +21,9 @@ def main() -> None:
         found.append([list(output.token_ids), [each[token].logprob for token, each in steps]])
         llm.llm_engine.engine_core.shutdown()
         del llm
+        cleanup_dist_env_and_memory()  # or the next model would find this one's place taken
     print(json.dumps(found))
 
 
-if __name__ == "__main__":  # vLLM starts its engine as a process that imports this
+if __name__ == "__main__":
     main()
