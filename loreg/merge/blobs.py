@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,18 +118,18 @@ class StreamedBlob(VerifiedBlob):
         self._device = device
 
     @cached_property
-    def _stages(self) -> tuple[_Stage, _Stage]:
-        one, two = (torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    def _stages(self) -> Iterator[_Stage]:
+        """Two of them, in turns."""
         event: Any = torch.cuda.Event  # has no types
-        return _Stage(one, event()), _Stage(two, event())
+        return cycle([_Stage(torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True), event()) for _ in range(2)])
 
     def bring(self, stored: StoredTensor) -> torch.Tensor:
         info = stored.info
         kind = torch_dtype(info.dtype, info.name)
         there = torch.empty(info.nbytes, dtype=torch.uint8, device=self._device)
         with open_binary(self.path) as file, torch.cuda.device(self._device):
-            for number, first in enumerate(range(0, info.nbytes, _STAGE)):
-                stage = self._stages[number % 2]
+            for first in range(0, info.nbytes, _STAGE):
+                stage = next(self._stages)
                 piece = stage.buffer[: min(_STAGE, info.nbytes - first)]
                 stage.copied.synchronize()
                 read_exactly(file.fileno(), to_memory(piece), stored.offset + first, self.path)

@@ -48,8 +48,8 @@ def load(
 
     Raises NotFound, also for a module that the adapter does not have; UsageError for a device or an expression;
     Unsupported, naming it, for a module whose delta is no such product (DoRA, LoHa, convolutions, experts), a trained
-    bias, and without ``modules`` for tensors that the adapter replaces; BadInput for a corrupt blob, or for a value
-    that ``dtype`` does not hold.
+    bias, a module whose weight another one follows (tied), and without ``modules`` for tensors that the adapter
+    replaces; BadInput for a corrupt blob, or for a value that ``dtype`` does not hold.
     """
     registry = registry or default_registry()
     target = choose_device(device)
@@ -82,6 +82,13 @@ def factors_of(
             f"{version} has a trained bias at {biased[0]!r}{_more(biased)}, which is no product of two factors: "
             "merge it, or name other modules (modules=[…])."
         )
+    for name, tie in manifest.ties.items():
+        if not tie.untied and tie.to in tensors:
+            path = next(path for path in paths if manifest.modules[path].tensor == tie.to)
+            raise Unsupported(
+                f"{version} adapts {path!r}, and with it {name!r}, which the model has tied to it: merge it, or "
+                "serve it unmerged (serving.unmerged), which do both."
+            )
     turned = {path for path in paths if manifest.modules[path].orientation == IN_OUT}
     return {
         # The algebra's orientation is the checkpoint's; an engine wants the layer's.

@@ -12,13 +12,13 @@ import torch
 import transformers
 from live_models import bytes_of, load
 from peer_models import BaseOf, inputs, load_model, load_peft, save_adapter
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import loreg
 from loreg import serving
 from loreg.errors import Unsupported
 from tests.peers.variants.experts import mixtral
-from tests.peers.variants.models import llama, randomise
+from tests.peers.variants.models import IDS, llama, randomise
 
 CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "llama": (["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens"], {"rank_pattern": {"q_proj": 7}}),
@@ -123,6 +123,33 @@ def test_an_encoder_and_a_decoder_with_beams(registry: loreg.Registry, tmp_path:
     with serving.unmerged(model, ["one", "two"], registry) as mixed, mixed.rows(["two", "one", "two"]):
         found = model.generate(input_ids=ids, **options)
     assert torch.equal(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
+def test_a_head_that_is_its_embedding(
+    targets: list[str], together: bool, registry: loreg.Registry, tmp_path: Path
+) -> None:
+    """What an adapter adapts of the two, is adapted: one, or both. A load has no name for the second."""
+    base = llama(tied=True)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=targets, ensure_weight_tying=together))
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    registry.push(tmp_path / "adapter", base=tmp_path / "base", name="adapter")
+    peft = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").double().eval()
+    model: Any = load(tmp_path / "base").double()
+    with torch.no_grad():
+        expected = peft(input_ids=IDS).logits
+        with serving.unmerged(model, ["adapter"], registry, check="none") as mixed, mixed.rows([0, 0]):
+            found = model(input_ids=IDS).logits
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    if together:
+        with pytest.raises(Unsupported, match=r"adapts 'model.embed_tokens', and with it 'lm_head.weight'"):
+            serving.load("adapter", registry)
+    else:
+        assert serving.load("adapter", registry)
 
 
 def test_a_compiled_model(made: Any, registry: loreg.Registry) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,3 +267,36 @@ def test_a_second_load_looks_at_no_value_again(pushed: loreg.Registry, monkeypat
     assert len(looked) == 4
     for path, (A, B, scale) in first.items():
         assert torch.equal(A, again[path][0]) and torch.equal(B, again[path][1]) and scale == again[path][2]
+
+
+class Event:
+    """What a CUDA event is asked; ``pending``: whether the buffer's copy may not be over."""
+
+    def __init__(self) -> None:
+        self.pending, self.waits = False, 0
+
+    def synchronize(self) -> None:
+        self.pending, self.waits = False, self.waits + 1
+
+    def record(self) -> None:
+        assert not self.pending, "a buffer was filled before what was in it had left"
+        self.pending = True
+
+
+def test_pieces_that_go_through_two_buffers_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is streamed to a device, with a device of ordinary memory in its place."""
+    rng = np.random.default_rng(0)
+    given = {f"t{n}": tiny.normal(rng, "F32", n) for n in (1, 15, 16, 17, 32, 100)}
+    path = tmp_path / "blob"
+    path.write_bytes(tiny.container(given.items()))
+    stages = tuple(blobs._Stage(torch.empty(64, dtype=torch.uint8), Event()) for _ in range(2))  # type: ignore[arg-type]
+    monkeypatch.setattr(blobs, "_STAGE", 64)
+    monkeypatch.setattr(blobs.StreamedBlob, "_stages", itertools.cycle(stages))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    reader = blobs.StreamedBlob(path, blobs.Content(), torch.device("cpu"))
+    for name, value in given.items():
+        assert bytes(to_memory(reader.tensor(name))) == value.data
+    assert [stage.copied.waits for stage in stages] == [7, 7]  # type: ignore[attr-defined]
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(BadInput, match="truncated"):
+        reader.tensor("t100")
