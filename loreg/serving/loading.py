@@ -77,6 +77,12 @@ def factors_of(
     tensors = {manifest.modules[path].tensor for path in paths}
     if replaced := sorted(name for name in manifest.replaced() if modules is None or name in tensors):
         raise _replaced(version, replaced)
+    if strange := [path for path in paths if manifest.modules[path].stored is not None]:
+        module = manifest.modules[strange[0]]
+        raise Unsupported(
+            f"{version} adapts {strange[0]!r}{_more(strange)}, {module.kind} of shape {list(module.shape)}, which is "
+            "no matrix of a layer y = Wx: merge it, or name other modules (modules=[…])."
+        )
     if biased := [path for path in paths if manifest.modules[path].bias_terms]:
         raise Unsupported(
             f"{version} has a trained bias at {biased[0]!r}{_more(biased)}, which is no product of two factors: "

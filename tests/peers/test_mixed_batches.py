@@ -13,6 +13,7 @@ import transformers
 from live_models import bytes_of, load
 from peer_models import BaseOf, inputs, load_model, load_peft, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 import loreg
 from loreg import serving
@@ -67,6 +68,24 @@ def test_outputs_are_those_of_pefts_mixed_batches(family: str, made: Any, regist
                 found = model(**batch)[0]
             assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_is_loaded_is_what_peft_adds_to_each_weight(family: str, made: Any, registry: loreg.Registry) -> None:
+    """scale·BA is of the layer, (out, in), also where the weight is stored the other way round."""
+    base, folders = made(family)
+    peft = load_peft(family, base, folders, torch.float32)
+    for name in folders:
+        loaded, seen = serving.load(name, registry), set()
+        for path, module in peft.base_model.model.named_modules():
+            if isinstance(module, LoraLayer) and name in module.r:
+                A, B, scale = loaded[path]
+                expected = module.get_delta_weight(name).double()
+                turned = isinstance(module.get_base_layer(), torch.nn.Embedding) or module.fan_in_fan_out
+                found = scale * (B.double() @ A.double())
+                assert torch.allclose(found.T if turned else found, expected, rtol=1e-5, atol=1e-7)
+                seen.add(path)
+        assert seen == loaded.keys()
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,18 @@ def test_what_depends_on_the_base_is_refused_by_name(pushed: loreg.Registry, tmp
         serving.load("dora", pushed)
 
 
+def test_a_convolution_is_refused_by_name(registry: loreg.Registry, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    base = {"body.conv.weight": tiny.normal(rng, "F32", 4, 3, 3, 3), "body.fc.weight": tiny.normal(rng, "F32", 5, 4)}
+    registry.add_base(tiny.write_model(tmp_path / "base", base), "base")
+    conv = tiny.Factors(tiny.normal(rng, "F32", 2, 3, 3, 3), tiny.normal(rng, "F32", 4, 2, 1, 1))
+    made = tiny.write_adapter(tmp_path / "a", {"body.conv": conv, "body.fc": tiny.factors(rng, 5, 4, 2)})
+    registry.push(made, base="base", name="a")
+    with pytest.raises(Unsupported, match=r"a:v1 adapts 'body.conv', conv of shape \[4, 3, 3, 3\]"):
+        serving.load("a", registry)
+    assert list(serving.load("a", registry, modules=["fc"])) == ["body.fc"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
 @pytest.mark.parametrize("stored", ["F32", "BF16", "F16"])
 def test_each_value_is_rounded_once(pushed: loreg.Registry, tmp_path: Path, stored: str, dtype: torch.dtype) -> None:
