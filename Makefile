@@ -21,7 +21,7 @@ test-vllm: .venv-vllm/.installed
 
 # The plugin and vLLM's own classes, of the sources in its wheel (133 MB): seconds, and no engine.
 contract-vllm: $(INSTALLED) .vllm/.installed
-	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/vllm/test_vllm_resolver.py $(OPTIONS)
+	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/vllm $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
