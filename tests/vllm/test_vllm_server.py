@@ -27,6 +27,11 @@ BOUND = 1e-4
 MOVED_S = 60.0
 ODD = {"use_rslora": True, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 2, "gate_proj": 16}}
 """A rank and three scales, of which vLLM up to 0.31 reads one."""
+CLAIMS = {
+    "r": 16, "rank_pattern": dict.fromkeys(("q_proj", "v_proj", "gate_proj", "down_proj"), 4),
+    "alpha_pattern": {"q_proj": 2}, "use_rslora": True,
+}  # fmt: skip
+"""A rank that no module has, and by which vLLM refuses it, and two scales."""
 
 
 class Here(NamedTuple):
@@ -47,6 +52,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
             registry.push(path, base="tiny", name=name, tags=["prod"])
         odd = vllm_server.write_adapter(folder / "pushed-odd", 3, ranks={"down_proj": 2}, alpha=4, **ODD)
         registry.push(odd, base="tiny", name="odd")
+        claims = vllm_server.write_adapter(folder / "pushed-claims", 8, alpha=4, **CLAIMS)
+        registry.push(claims, base="tiny", name="claims")
         registry.push(vllm_server.write_dora(folder / "pushed-dora", 4), base="tiny", name="dora")
         wide = dict.fromkeys(("q_proj", "v_proj", "gate_proj", "down_proj"), 16)
         registry.push(
@@ -55,7 +62,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
         other = vllm_server.write_base(folder / "other", seed=7)
         registry.add_base(other, "other")
         registry.push(vllm_server.write_adapter(folder / "pushed-other", 6), base="other", name="stranger")
-        names = ("sql", "moved", "odd")
+        names = ("sql", "moved", "odd", "claims")
         for name in names:
             registry.merge(name, folder / f"merged-{name}")
         found = vllm_server.answers([base, *(folder / f"merged-{name}" for name in names)])
@@ -151,6 +158,17 @@ def test_what_is_unloaded_stays_so_until_it_is_asked_for(here: Here) -> None:
 
 def test_scales_of_its_own_for_each_module(here: Here) -> None:
     assert here.server.ask("odd").distance(here.merged["odd"]) <= BOUND
+
+
+def test_what_vllm_takes_in_another_form_is_served_in_that(here: Here) -> None:
+    assert here.server.ask("claims").distance(here.merged["claims"]) <= BOUND
+    path = here.server.path("claims")
+    assert path is not None
+    assert path.endswith("-folded")
+    pushed = {"lora_name": "refused", "lora_path": str(here.folder / "pushed-claims")}
+    status, said = here.server.request("/v1/load_lora_adapter", pushed)
+    assert status >= 400
+    assert "rank 16" in str(said)
 
 
 def test_what_vllm_would_misread_is_told_apart(here: Here) -> None:
