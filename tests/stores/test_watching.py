@@ -132,6 +132,24 @@ def test_no_move_is_lost_or_told_twice_at_any_pace(place: Place, tmp_path: Path)
         watch.close()
 
 
+@pytest.mark.parametrize("place", ON_FILES, indirect=True)
+def test_a_move_while_it_looks_is_told(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(place, tmp_path) as registry, place.open() as mover:
+        one, two, three = digests(registry)
+        look, moves = registry.digest_of, [2, 3]
+
+        def overtaken(reference: object) -> object:
+            found = look(reference)
+            if moves:
+                mover.tag(f"sql:v{moves.pop(0)}", "prod")
+            return found
+
+        monkeypatch.setattr(registry, "digest_of", overtaken)
+        with serving.watch("sql:prod", registry, interval=SOON, timeout=0.5) as watch:
+            assert watch.current == one
+            assert told(watch) == [(one, two), (two, three)]
+
+
 def test_postgresql_tells_at_once_and_on_commit_only(tmp_path: Path) -> None:
     place = PLACES["postgres-files"](tmp_path)
     with filled(place, tmp_path) as registry:
