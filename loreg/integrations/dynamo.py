@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loreg.errors import NotFound, Unsupported, UsageError
+from loreg.errors import NotFound, RemoteError, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from loreg.registry import Registry
@@ -52,7 +52,9 @@ class Source:
         from dynamo.common.lora.runtime import ResolvedLoRA
 
         left = context.deadline_monotonic - asyncio.get_running_loop().time()
-        limits = {"timeout": max(0.0, left), "max_bytes": context.max_download_bytes}
+        if left <= 0:
+            raise RemoteError(f"{source_uri} was asked for {-left:.1f} s after its deadline: ask with more time.")
+        limits = {"timeout": left, "max_bytes": context.max_download_bytes}
         try:
             # Below Dynamo's own root: it counts what lies there, and takes nothing from elsewhere for its own.
             found = await asyncio.to_thread(self._resolved, source_uri, context.cache_root / SCHEME, **limits)

@@ -99,8 +99,14 @@ def test_what_is_not_there_is_none(pushed: loreg.Registry, tmp_path: Path) -> No
 def test_the_limits_of_the_request_are_kept(pushed: loreg.Registry, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed):
         asked(Source(pushed), "loreg://sql", tmp_path, max_download_bytes=10)
-    with pytest.raises(RemoteError):
+    with pytest.raises(RemoteError, match="after its deadline"):
         asked(Source(pushed), "loreg://humor", tmp_path, seconds=-1)
+    kept = {}
+    source = Source(pushed)
+    source._resolved = lambda *_, **limits: kept.update(limits) or serving.resolve("sql", pushed)
+    asked(source, "loreg://sql", tmp_path, seconds=7, max_download_bytes=1 << 20)
+    assert 6 < kept["timeout"] <= 7
+    assert kept["max_bytes"] == 1 << 20
 
 
 def test_the_form_is_what_the_worker_reads_right(
