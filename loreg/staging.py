@@ -54,20 +54,11 @@ def scratch(out: Path, purpose: str, *, wait: bool = False, resume: bool = False
     Raises Conflict if another process is in it, CheckFailed for whatever the disk says, in the block too.
     """
     folder = out.parent / f".{out.name}.{purpose}"
+    while (lock := _locked(folder, out, wait)) is None:
+        # Another process was in it, and is done. One that has failed leaves the work to who waited for it.
+        if not wait or out.exists():
+            raise Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError as error:  # it was another's, who was done with it between the two calls
-            raise _just_written(out) from error
-        except NotADirectoryError as error:  # to be emptied and renamed, it has to be a directory of its own
-            raise Conflict(f"{folder} is a link: remove it, or choose another directory than {out}.") from error
-    except OSError as error:
-        with suppress(OSError):
-            folder.rmdir()
-        raise CheckFailed(f"{folder} cannot be made: {error.strerror}.") from error
-    try:
-        _lock(lock, folder, out, wait)
         try:
             if not resume:
                 _empty(folder)
@@ -84,17 +75,32 @@ def scratch(out: Path, purpose: str, *, wait: bool = False, resume: bool = False
         os.close(lock)
 
 
-def _lock(descriptor: int, folder: Path, out: Path, wait: bool) -> None:
+def _locked(folder: Path, out: Path, wait: bool) -> int | None:
+    """Its descriptor, which holds the lock; None if it was renamed or deleted meanwhile."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:  # to be emptied and renamed, it has to be a directory of its own
+            raise Conflict(f"{folder} is a link: remove it, or choose another directory than {out}.") from error
+    except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
+        raise CheckFailed(f"{folder} cannot be made: {error.strerror}.") from error
+    held = False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = is_open_at(folder, lock)
+        return lock if held else None
     except BlockingIOError as error:
         raise Conflict(f"Another process is writing {out}: wait for it, or choose another directory.") from error
-    if not is_open_at(folder, descriptor):
-        raise _just_written(out)
-
-
-def _just_written(out: Path) -> Conflict:
-    return Conflict(f"Another process has just written {out}: look at it, or choose another directory.")
+    except OSError as error:
+        raise CheckFailed(f"{folder} cannot be locked: {error.strerror}.") from error
+    finally:
+        if not held:
+            os.close(lock)
 
 
 def is_open_at(folder: Path, descriptor: int) -> bool:

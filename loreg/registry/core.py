@@ -45,6 +45,7 @@ class Registry(Versions):
         cache = BlobCache(home / "cache" / "blobs", limit_from_environment())
         super().__init__(database, Storage(database, store, cache, strict))
         self.home = home
+        self.served: dict[Path, Any] = {}  # who serves from it, by place: theirs, and gone when this is
         self.bases = Bases(self.storage)
 
     def close(self) -> None:

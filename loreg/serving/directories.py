@@ -30,7 +30,7 @@ Check = Callable[[Digest, Path], Digest]
 SPARED = 3600.0
 """Seconds since it was handed out in which a directory stays, whatever the limit."""
 _NOTED = 60.0
-"""Seconds within which a use is not noted again."""
+"""Seconds within which a use is not noted again, where so many are spared anyway."""
 _RECORD = "loreg-served-1"
 
 
@@ -106,9 +106,11 @@ class Directories:
             record = Record.parse(self._record(name).read_bytes())
         except (OSError, LoregError):  # none, or one that says nothing: the store knows what it has to say
             return None
+        if name.partition("-")[0] != record.version.hex:  # another's, that came here with its directory
+            return None
+        self.note(name)  # first: from here on nobody deletes it
         if not self.path(name).is_dir():
             return None
-        self.note(name)
         self._require(name, record, self._check)
         return record
 
@@ -141,23 +143,29 @@ class Directories:
         return record
 
     def note(self, name: str) -> None:
-        """That a directory was used just now."""
+        """That a directory is used now: if it is there when this returns, none deletes it for ``spared`` seconds."""
         now = time.time()
-        if now - self._noted.get(name, 0.0) > _NOTED:
-            self._noted[name] = now
-            with suppress(OSError):
+        if now - self._noted.get(name, 0.0) >= self._pause:
+            with suppress(OSError, LoregError), self.pinned(name):  # by who deletes it, or before
                 os.utime(self._record(name))
+                self._noted[name] = now
 
     @contextmanager
     def pinned(self, name: str) -> Iterator[Path]:
-        """A directory that is there, and stays as long as the block does. Raises Conflict if it is gone."""
+        """A directory that is there, and stays as long as the block does. Raises Conflict if it is gone, CheckFailed
+        if it cannot be locked."""
         path = self.path(name)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise Conflict(f"{path} was deleted just now: resolve it again.") from error
+        except OSError as error:  # not to be tried again: descriptors do not come back by that
+            raise CheckFailed(f"{path} cannot be opened to be locked: {error.strerror}.") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            except OSError as error:
+                raise CheckFailed(f"{path} cannot be locked: {error.strerror}.") from error
             if not is_open_at(path, lock):  # it was deleted between the two
                 raise Conflict(f"{path} was deleted just now: resolve it again.")
             yield path
@@ -173,13 +181,15 @@ class Directories:
         """Delete the least recently used, but for one, as long as all are more than ``limit``; the bytes that are
         left."""
         self._swept, self._added = True, 0
+        for gone in self.root.glob(".*.gone"):  # of who was killed while it deleted
+            shutil.rmtree(gone, ignore_errors=True)
         found = sorted(self._all(), key=lambda each: each[1])
         left = sum(size for _, _, size in found)
         now = time.time()
         for name, used, size in found:
             if self.limit is None or left <= self.limit:
                 break
-            if name != but and now - used >= self.spared and self._delete(name):
+            if name != but and now - used >= self.spared + self._pause and self._delete(name, used):
                 left -= size
         return left
 
@@ -235,8 +245,13 @@ class Directories:
             os.close(lock)
         return False
 
-    def _delete(self, name: str) -> bool:
-        """Unless it is in use."""
+    @property
+    def _pause(self) -> float:
+        """Seconds by which a use may be later than it was noted."""
+        return min(_NOTED, self.spared)
+
+    def _delete(self, name: str, used: float) -> bool:
+        """Unless it is in use, or was used since ``used``."""
         path, gone = self.path(name), self.root / f".{name}.{os.urandom(8).hex()}.gone"
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -247,6 +262,8 @@ class Directories:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._record(name).stat().st_mtime != used:
+                return False
             path.rename(gone)
             self._record(name).unlink(missing_ok=True)
             shutil.rmtree(gone, ignore_errors=True)

@@ -10,7 +10,6 @@ whether ``stat`` says of the files what it said when they were hashed.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 from loreg.addresses import expanded
 from loreg.catalog.queries import VersionRow
@@ -41,6 +39,8 @@ _FORMS: Mapping[str, tuple[str, Callable[[Storage, Version], Files]]] = {
     "peft": ("", peft_directory),
     "folded": ("-folded", folded_directory),
 }
+_ROLES: Mapping[str, tuple[str, ...]] = {"peft": ("factors", "full"), "folded": ("factors",)}
+"""The blobs of which a form has all: what is in ``full`` of one that can be folded is the base's own."""
 _KNOWN = 100_000
 """References of which the answer is remembered."""
 
@@ -90,10 +90,6 @@ def resolve(
 resolve_async = in_thread(resolve)
 
 
-_RESOLVERS: WeakKeyDictionary[Registry, dict[Path, Resolver]] = WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
 class Resolver:
     """What ``resolve`` does, with what it remembers, for one registry and one place of directories. Thread-safe."""
 
@@ -110,13 +106,11 @@ class Resolver:
 
     @classmethod
     def of(cls, registry: Registry, root: Path | None = None) -> Resolver:
-        """The one that everybody shares."""
+        """The one that everybody shares, as long as the registry is there."""
         place = root or registry.home / "serving"
-        with _MAKING:
-            resolvers = _RESOLVERS.setdefault(registry, {})
-            if place not in resolvers:
-                resolvers[place] = cls(registry, place)
-            return resolvers[place]
+        found: Resolver | None = registry.served.get(place)
+        # Of two that are made at once one stays; and no lock is held that a child could be born with.
+        return found if found is not None else registry.served.setdefault(place, cls(registry, place))
 
     def resolve(
         self,
@@ -143,8 +137,9 @@ class Resolver:
         """And how: it was at ``hand``, it was ``found`` on the disk, or it was ``made``."""
         if form not in _FORMS:
             raise UsageError(f"{form!r} is not a form of a directory: expected one of {', '.join(_FORMS)}.")
-        if timeout is not None and timeout < 0:
-            raise UsageError(f"timeout is {timeout}: expected seconds, at least 0.")
+        for what, limit, unit in (("timeout", timeout, "seconds"), ("max_bytes", max_bytes, "a number of bytes")):
+            if limit is not None and not limit >= 0:  # nor NaN
+                raise UsageError(f"{what} is {limit}: expected {unit}, at least 0.")
         row = self.find(reference)
         name = row.digest.hex + _FORMS[form][0]
         if base is not None:
@@ -186,13 +181,11 @@ class Resolver:
         if seen is None or self._registry.storage.strict:
             return None
         record, before = seen
+        self.directories.note(name)  # first: from here on nobody deletes it
         try:
-            if stamps(self.directories.path(name), record) != before:
-                return None
+            return record if stamps(self.directories.path(name), record) == before else None
         except NotFound:
             return None
-        self.directories.note(name)
-        return record
 
     def _make(self, name: str, row: VersionRow, form: Form, max_bytes: int | None) -> tuple[Record, str]:
         began = time.time_ns()
@@ -201,8 +194,8 @@ class Resolver:
             how = "made"
             self._misses += 1
             version = self._version(row)
-            self._refuse_large(row, _least(version), max_bytes)
-            self._refuse_large(row, _least(version), self.directories.limit)
+            for limit in (max_bytes, self.directories.limit):
+                self._refuse_large(row, _least(version, form), limit)
             record = self.directories.make(
                 name,
                 lambda: _FORMS[form][1](self._registry.storage, version),
@@ -249,6 +242,6 @@ def _weights(base: str | Path | Digest) -> tuple[FileStamp, ...]:
     return tuple(FileStamp.of(path) for path in sorted(expanded(base).glob("*.safetensors")))
 
 
-def _least(version: Version) -> int:
+def _least(version: Version, form: Form) -> int:
     """Bytes that a directory has at least: of what is in its blobs but for small files."""
-    return sum(blob.size for blob in version.manifest.blobs if blob.role != "source")
+    return sum(blob.size for blob in version.manifest.blobs if blob.role in _ROLES[form])

@@ -76,7 +76,16 @@ class Tier(Generic[V]):
                     self._nbytes -= entry.nbytes
                 entry.value.set_exception(error)
                 raise
-        return entry.value.result()
+        try:
+            return entry.value.result()
+        except BaseException as error:
+            with self._changed:
+                entry.users -= 1
+            # Ctrl-C is for the thread that it ended, and not for those who waited for that: one of them goes on.
+            others = entry.value.done() and entry.value.exception() is error and not isinstance(error, Exception)
+            if not others:
+                raise
+        return self.acquire(key, what, size, make)
 
     def release(self, key: Hashable) -> None:
         """That a value is used no more by one of those who acquired it."""

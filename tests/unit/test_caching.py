@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -278,3 +281,58 @@ def test_what_makes_no_sense(pushed: loreg.Registry) -> None:
         if not torch.cuda.is_available():
             with pytest.raises(NotFound, match="CUDA"):
                 cache.pin("sql", "gpu")
+
+
+def test_what_cannot_be_locked_is_not_tried_for_ever(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a process has no descriptors left, which does not look like a directory that was deleted."""
+    real, tried = os.open, [0]
+    with serving.Cache(pushed) as cache:
+        name = cache.resolve("sql").path.name
+
+        def full(path: Any, *given: Any, **named: Any) -> int:
+            if str(path).endswith(name):
+                tried[0] += 1
+                assert tried[0] < 10
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(path, *given, **named)
+
+        monkeypatch.setattr(os, "open", full)
+        with pytest.raises(CheckFailed, match="cannot be opened to be locked: Too many open files"):
+            cache.directory("sql").__enter__()
+
+
+@pytest.mark.parametrize("whose", ["maker", "waiter"])
+def test_ctrl_c_is_for_one_thread_alone(whose: str) -> None:
+    """And who was interrupted uses nothing."""
+    tier, inside, go = Tier[int]("cpu", None), threading.Event(), threading.Event()
+    found: list[object] = []
+
+    def slow() -> int:
+        inside.set()
+        go.wait(20)
+        if whose == "maker":
+            raise KeyboardInterrupt
+        return 1
+
+    def call(make: Any) -> None:
+        try:
+            found.append(tier.acquire("key", "it", lambda: 1, make))
+            tier.release("key")
+        except KeyboardInterrupt:
+            found.append("interrupted")
+
+    first = threading.Thread(target=call, args=(slow,))
+    first.start()
+    inside.wait()
+    if whose == "waiter":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Future, "result", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+            call(lambda: 2)
+    second = threading.Thread(target=call, args=(lambda: 2,))
+    second.start()
+    time.sleep(0.1)
+    go.set()
+    first.join()
+    second.join()
+    assert sorted(found, key=str) == ([2, "interrupted"] if whose == "maker" else [1, 1, "interrupted"])
+    assert tier.statistics.used == 0

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
+import math
 import os
+import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from loreg.format.fingerprint import Match
 from loreg.registry.storage import Storage
 from loreg.serving import directories, resolving
 from loreg.serving.directories import Directories, Record
+from loreg.serving.flights import Flights
 from loreg.serving.resolving import Resolver
 
 
@@ -264,7 +269,9 @@ def test_a_version_that_is_too_large_writes_nothing(pushed: loreg.Registry) -> N
         serving.resolve("sql", pushed, max_bytes=size - 1)
 
 
-@pytest.mark.parametrize("given", [{"form": "onnx"}, {"timeout": -1.0}])
+@pytest.mark.parametrize(
+    "given", [{"form": "onnx"}, {"timeout": -1.0}, {"timeout": math.nan}, {"max_bytes": -1}, {"max_bytes": math.nan}]
+)
 def test_what_makes_no_sense(pushed: loreg.Registry, given: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         serving.resolve("sql", pushed, **given)  # type: ignore[arg-type]
@@ -408,3 +415,179 @@ def test_a_version_without_that_form_leaves_nothing(pushed: loreg.Registry, monk
     with pytest.raises(Unsupported):
         serving.resolve("sql", pushed, form="folded")
     assert list((pushed.home / "serving").iterdir()) == []
+
+
+def test_what_the_folded_form_leaves_out_is_not_counted(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that was saved as the base has it may be larger than all factors."""
+    norm = tiny.model()[tiny.NORM]
+    saved = tiny.write_adapter(tmp_path / "a", tiny.adapter(), full={tiny.NORM: norm}, modules_to_save=["norm"])
+    version = pushed.push(saved, base="base", name="saved")
+    blobs = {blob.role: blob.size for blob in version.manifest.blobs}
+    assert blobs["full"] and not version.manifest.replaced()
+    real = resolving.Resolver._refuse_large
+    sizes: list[int] = []
+
+    def refuse(self: Resolver, row: object, nbytes: int, limit: int | None) -> None:
+        sizes.append(nbytes)
+        real(self, row, nbytes, limit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Resolver, "_refuse_large", refuse)
+    serving.resolve("saved", pushed, form="folded")
+    assert sizes[0] == blobs["factors"]
+    sizes.clear()
+    serving.resolve("saved", pushed)
+    assert sizes[0] == blobs["factors"] + blobs["full"]
+
+
+# ---- what goes wrong between two ----
+
+
+def test_a_registry_that_nobody_has_any_more_leaves_nothing(pushed: loreg.Registry) -> None:
+    with loreg.open(pushed.home) as opened:
+        serving.resolve("sql", opened)
+        assert Resolver.of(opened) is Resolver.of(opened)
+        gone = weakref.ref(opened)
+    del opened
+    gc.collect()
+    assert gone() is None
+
+
+def test_ctrl_c_ends_the_one_that_it_was_for() -> None:
+    flights, go, inside = Flights[int](), threading.Event(), threading.Event()
+    found: list[object] = []
+
+    def interrupted() -> int:
+        inside.set()
+        go.wait(20)
+        raise KeyboardInterrupt
+
+    def call(work: object) -> None:
+        try:
+            found.append(flights.run("key", work, None, "it"))  # type: ignore[arg-type]
+        except BaseException as error:
+            found.append(type(error))
+
+    first = threading.Thread(target=call, args=(interrupted,))
+    first.start()
+    inside.wait()
+    others = [threading.Thread(target=call, args=(lambda: 7,)) for _ in range(3)]
+    for other in others:
+        other.start()
+    time.sleep(0.1)
+    go.set()
+    for thread in (first, *others):
+        thread.join()
+    assert sorted(map(str, found)) == ["7", "7", "7", str(KeyboardInterrupt)]
+
+
+def test_where_no_thread_can_be_begun_nobody_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    flights = Flights[int]()
+
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        with pytest.raises(CheckFailed, match="it cannot be made in a thread of its own: can't start"):
+            flights.run("key", lambda: 1, 5.0, "it")
+    assert flights.run("key", lambda: 2, 5.0, "it") == 2
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300])
+def test_any_number_of_seconds(pushed: loreg.Registry, timeout: float) -> None:
+    assert serving.resolve("sql", pushed, timeout=timeout).path.is_dir()
+
+
+def test_who_waited_for_one_that_failed_makes_it(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes: to the second nobody has written anything meanwhile."""
+    inside, go = threading.Event(), threading.Event()
+    real, found = directories.sync_tree, list[object]()
+
+    def full_once(folder: Path) -> None:
+        if not inside.is_set():
+            inside.set()
+            go.wait(20)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(folder)
+
+    def call() -> None:
+        try:
+            found.append(Resolver(pushed, tmp_path / "cache").resolve("sql").path.is_dir())
+        except loreg.LoregError as error:
+            found.append(type(error))
+
+    monkeypatch.setattr(directories, "sync_tree", full_once)
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    threads[0].start()
+    inside.wait()
+    threads[1].start()
+    time.sleep(0.2)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert found == [CheckFailed, True]
+
+
+def test_another_versions_directory_under_its_name_is_not_served(pushed: loreg.Registry, settled: None) -> None:
+    """Whole as it is, with its record."""
+    sql, humor = serving.resolve("sql", pushed).path, serving.resolve("humor", pushed).path
+    shutil.rmtree(sql)
+    shutil.copytree(humor, sql)
+    shutil.copy(f"{humor}.record", f"{sql}.record")
+    with loreg.open(pushed.home) as fresh, pytest.raises(BadInput, match="damaged"):
+        serving.resolve("sql", fresh)
+
+
+def test_one_that_is_handed_out_during_a_sweep_stays(
+    pushed: loreg.Registry, tmp_path: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = Resolver(pushed, tmp_path / "cache"), Resolver(pushed, tmp_path / "cache", limit=1)
+    paths = [first.resolve(name).path for name in ("sql", "humor")]
+    for path in paths:
+        os.utime(f"{path}.record", (1e9, 1e9))
+    real = Directories._delete
+
+    def delete(self: Directories, name: str, used: float) -> bool:
+        patch.undo()
+        assert Resolver(pushed, tmp_path / "cache").resolve("sql").path == paths[0]  # as another process would
+        return real(self, name, used)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Directories, "_delete", delete)
+        other.directories.sweep()
+    assert [path.is_dir() for path in paths] == [True, False]
+
+
+def test_a_use_counts_until_spared_seconds_after_it(pushed: loreg.Registry, tmp_path: Path, settled: None) -> None:
+    """Also one that was not noted, as an earlier one had been."""
+    resolver = Resolver(pushed, tmp_path / "cache", limit=1 << 20, spared=30.0)
+    resolver.resolve("sql")
+    path = resolver.resolve("sql").path
+    resolver.directories.limit = 0
+    for ago, stays in ((31.0, True), (59.0, True), (61.0, False)):
+        os.utime(f"{path}.record", (time.time() - ago,) * 2)
+        resolver.directories.sweep()
+        assert path.is_dir() is stays
+
+
+def test_what_a_killed_sweep_left_is_deleted_by_the_next(
+    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = Resolver(pushed, tmp_path / "cache", limit=1 << 20, spared=0.0)
+    resolver.resolve("sql")
+    resolver.directories.limit = 0
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resolver.directories.sweep()
+    assert list((tmp_path / "cache").iterdir())
+    resolver.directories.sweep()
+    assert not list((tmp_path / "cache").iterdir())
