@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import math
 import threading
@@ -17,7 +18,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from loreg.serving import signals
 from loreg.serving.defaults import default_registry
 from loreg.serving.live import Check, Merged, Ready, prepare, state_of
 from loreg.serving.originals import Originals
-from loreg.serving.places import tensors_of
+from loreg.serving.places import Layout, layout_of
 from loreg.serving.readers import Readers
 from loreg.serving.resolving import Resolver
 from loreg.serving.twins import in_thread
@@ -102,6 +103,7 @@ class Live:
         self._half = self._lost = False
         self._preparing = threading.Lock()
         self._ready: OrderedDict[tuple[object, ...], Ready] = OrderedDict()
+        self._layout: Layout = {}
         self._originals = Originals()
         self._guard = _Guarded(model, self._readers, self._require_whole) if guard else None
         if self._guard is not None:
@@ -150,8 +152,10 @@ class Live:
 
     @contextmanager
     def reading(self) -> Iterator[State]:
-        """A block in which nothing changes: of as many threads as like. Raises Conflict if a change failed half-way
-        and could not be taken back."""
+        """A block in which nothing changes: of as many threads as like. What is called in it by ``asyncio.to_thread``
+        is a part of it; a thread that is begun in it otherwise is a reader of its own, which waits behind a change
+        that waits for the block, so that the block must not wait for that thread. Raises Conflict if a change failed
+        half-way and could not be taken back."""
         with self._readers.reading():
             self._require_whole()
             yield self._state
@@ -190,25 +194,36 @@ class Live:
                 )
             self._originals.compare(ready, self._merged, self._check == "touched")
             before = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
+            was = self._merged, self._given, self._state
+            terms = tuple((adapter.digest, adapter.weight) for adapter in ready.adapters)
+
+            def told(merged: Merged) -> None:
+                sizes = merged.touched_bytes, merged.undo_bytes
+                state = State(expression, method, scale, terms, *sizes, self._state.changes + 1)
+                self._merged, self._given, self._state = merged, (scale, method, parameters), state
+
             try:
-                merged = ready.apply() if self._merged is None else ready.replace(self._model, self._merged)
+                if self._merged is None:
+                    ready.apply(told)
+                else:
+                    ready.replace(self._model, self._merged, told)
             except BaseException:
+                self._merged, self._given, self._state = was
                 after = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
                 self._lost = after != before  # the way back failed too
                 raise
-            self._merged, self._given = merged, (scale, method, parameters)
-            terms = tuple((adapter.digest, adapter.weight) for adapter in ready.adapters)
-            self._state = State(
-                expression, method, scale, terms, merged.touched_bytes, merged.undo_bytes, self._state.changes + 1
-            )
             return self._state
 
     def _prepared(self, expression: str, scale: float, method: str, parameters: Mapping[str, Any] | None) -> Ready:
-        """What was prepared before, if it is of the same versions and of the tensors that the model has now."""
-        key = self._key(expression, scale, method, parameters)
+        """What was prepared before, if it is of the same versions, and the model has the same tensors in the same
+        memory."""
+        key, layout = self._key(expression, scale, method, parameters), layout_of(self._model)
         with self._preparing:
+            if layout != self._layout:
+                self._ready.clear()
+                self._layout = layout
             ready = self._ready.pop(key, None) if key is not None else None
-            if ready is None or not self._fits(ready):
+            if ready is None:
                 ready = prepare(
                     self._model, expression, self._registry, method=method, parameters=parameters, check="none",
                     threads=self._threads, scale=scale,
@@ -230,25 +245,19 @@ class Live:
             return None
         return (tuple(terms), scale, method, json.dumps(dict(parameters or {}), sort_keys=True, default=str))
 
-    def _fits(self, ready: Ready) -> bool:
-        tensors = tensors_of(self._model)
-        return all(tensors.get(place.name) is place.tensor for place in ready.places.values())
-
     def _undo(self, merged: Merged) -> None:
         """To the end, whatever happens on the way."""
+        restored = False, None, State(changes=self._state.changes + 1)
         merged.check(self._model)
         self._half = True
         try:
             merged.undo(self._model)
         except BaseException:
-            merged.undo(self._model)  # it goes on where it was
-            self._restored()
+            if not merged.undone:
+                merged.undo(self._model)  # it goes on where it was
+            self._half, self._merged, self._state = restored
             raise
-        self._restored()
-
-    def _restored(self) -> None:
-        self._half, self._merged = False, None
-        self._state = State(changes=self._state.changes + 1)
+        self._half, self._merged, self._state = restored
 
     def _require_whole(self) -> None:
         if self._lost or self._half:
@@ -266,6 +275,8 @@ class _Guarded:
         self._model, self._readers, self._check = weakref.ref(model), readers, check
         self._own = model.__dict__.get("forward")  # of a model that torch compiled, or another program wrapped
         functools.update_wrapper(self, self._own or type(model).forward)
+        with suppress(TypeError, ValueError):  # of what is no Python
+            self.__signature__ = inspect.signature(model.forward)  # without the ``self`` of its class's
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         with self._readers.reading():

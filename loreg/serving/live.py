@@ -9,7 +9,7 @@ integer for about one element in a hundred, and no copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -100,8 +100,9 @@ class Ready:
     threads: int | None
     ahead: Ahead
 
-    def apply(self) -> Merged:
-        """Edit the parameters, as they are now; as often as what is returned is undone."""
+    def apply(self, told: Callable[[Merged], None] = lambda _: None) -> Merged:
+        """Edit the parameters, as they are now; as often as what is returned is undone. ``told`` gets it first: what
+        that raises takes all back."""
         tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
         before = {name: state_of(tensor) for name, tensor in tensors.items()}
 
@@ -109,11 +110,18 @@ class Ready:
             for name, tensor in tensors.items():
                 _same_as(tensor, before[name])  # so that an earlier merge can still be taken back
 
-        done = merging.merge(self.edits, self.threads, self.ahead, restored)
-        return Merged(self.expression, tuple(done), tensors, before, self.threads)
+        def done(editings: list[Editing]) -> Merged:
+            found = Merged(self.expression, tuple(editings), tensors, before, self.threads)
+            told(found)
+            return found
 
-    def replace(self, model: torch.nn.Module, merged: Merged) -> Merged:
+        return merging.merge(self.edits, self.threads, self.ahead, done, restored)
+
+    def replace(
+        self, model: torch.nn.Module, merged: Merged, told: Callable[[Merged], None] = lambda _: None
+    ) -> Merged:
         """Take ``merged`` out of ``model`` and edit the parameters as they then are, in one pass: all or nothing.
+        ``told`` is as in ``apply``.
 
         Raises what ``Merged.undo`` does.
         """
@@ -123,16 +131,20 @@ class Ready:
         now = {name: state_of(tensor) for name, tensor in tensors.items()} | merged.after
 
         def kept(editings: list[Editing]) -> None:
-            merged.editings = tuple(editings)
+            merged.editings, merged.undone = tuple(editings), False
             for name, tensor in {**tensors, **merged.tensors}.items():
                 _same_as(tensor, now[name])
 
-        done = swapping.swap(merged.editings, self.edits, self.threads, self.ahead, kept)
-        merged.undone = True
-        for name, tensor in merged.tensors.items():
-            if name not in tensors:
-                _same_as(tensor, merged.before[name])
-        return Merged(self.expression, tuple(done), tensors, before, self.threads)
+        def done(editings: list[Editing]) -> Merged:
+            found = Merged(self.expression, tuple(editings), tensors, before, self.threads)
+            for name, tensor in merged.tensors.items():
+                if name not in tensors:
+                    _same_as(tensor, merged.before[name])
+            merged.undone = True
+            told(found)
+            return found
+
+        return swapping.swap(merged.editings, self.edits, self.threads, self.ahead, done, kept)
 
 
 def prepare(
@@ -202,12 +214,12 @@ class Merged:
         self.check(model)
         try:
             merging.unmerge(self.editings, self.threads)
+            for name, tensor in self.tensors.items():
+                _same_as(tensor, self.before[name])
+            self.undone = True
         except BaseException:
             self.after = {name: state_of(tensor) for name, tensor in self.tensors.items()}
             raise
-        self.undone = True
-        for name, tensor in self.tensors.items():
-            _same_as(tensor, self.before[name])
 
     def check(self, model: torch.nn.Module) -> None:
         """Raises UsageError or Conflict unless it is in ``model``, as it was merged."""

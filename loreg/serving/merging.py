@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from loreg.errors import Conflict
 from loreg.merge.workers import results, workers
 from loreg.serving.applying import Edit, Editing, Piece, Space
 
+T = TypeVar("T")
 _Key = tuple[torch.dtype, torch.device]
 
 
@@ -143,9 +145,14 @@ def _count_changes(editings: Sequence[Editing]) -> None:
 
 
 def merge(
-    edits: Sequence[Edit], threads: int | None, ahead: Ahead, restored: Callable[[], None] = lambda: None
-) -> list[Editing]:
-    """All of them, or none: whatever is raised, every element is then what it was, and ``restored`` was called.
+    edits: Sequence[Edit],
+    threads: int | None,
+    ahead: Ahead,
+    done: Callable[[list[Editing]], T],
+    restored: Callable[[], None],
+) -> T:
+    """What ``done`` gives, when all of them are applied. All, or none: whatever is raised, by ``done`` too, every
+    element is then what it was, and ``restored`` was called.
 
     Unless the way back fails as well, of which the error is then: what can be known of the weights is that they were
     changed.
@@ -157,6 +164,7 @@ def merge(
             launched, others = _divided(here)
             first = [partial(_apply, launched, ahead)] if launched else []
             run(device, threads, first, [partial(editing.apply, space) for editing in others])
+        return done(editings)
     except BaseException:
         while True:
             try:
@@ -166,7 +174,6 @@ def merge(
                 continue
         restored()
         raise
-    return editings
 
 
 def unmerge(editings: Sequence[Editing], threads: int | None) -> None:

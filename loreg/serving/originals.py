@@ -27,9 +27,12 @@ class Originals:
         self._edited |= {edit.target.name: edit.target.place for edit in ready.edits}
 
     def verify(self) -> None:
-        """That everything that was edited since is what it was. Raises CheckFailed, naming tensors."""
+        """That everything that was edited since is what it was, but for what somebody else has changed after it was
+        restored. Raises CheckFailed, naming tensors."""
         wrong = [
-            place.name for name, place in self._edited.items() if Leaves(name, place).own != self._known[name][2].own
+            place.name
+            for name, place in self._edited.items()
+            if state_of(place.tensor) == self._known[name][1] and Leaves(name, place).own != self._known[name][2].own
         ]
         if wrong:
             raise CheckFailed(

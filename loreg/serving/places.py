@@ -91,6 +91,21 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+Layout = dict[str, tuple[object, ...]]
+
+
+def layout_of(model: torch.nn.Module) -> Layout:
+    """Which tensors the model has, where they lie, and how: another one where something was put in a tensor's place,
+    moved, converted or tied."""
+    return {name: (id(tensor), *_lie(tensor)) for name, tensor in tensors_of(model).items()}
+
+
+def _lie(tensor: torch.Tensor) -> tuple[object, ...]:
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
+        return (type(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class Tensors:
     """The parameters and buffers of a model, by the names that a checkpoint has for them."""
 

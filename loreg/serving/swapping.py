@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from loreg.serving import merging
 from loreg.serving.applying import Edit, Editing, Space
 from loreg.serving.merging import Ahead
+
+T = TypeVar("T")
 
 
 class Change:
@@ -95,12 +98,13 @@ def swap(
     edits: Sequence[Edit],
     threads: int | None,
     ahead: Ahead,
+    done: Callable[[list[Editing]], T],
     kept: Callable[[list[Editing]], None],
-) -> list[Editing]:
-    """Take ``old`` out of the weights and merge ``edits`` into them: all of it, or nothing.
+) -> T:
+    """Take ``old`` out of the weights and merge ``edits`` into them: all of it, or nothing; and what ``done`` gives.
 
-    Whatever is raised, every element is then what it was, and ``kept`` was told what undoes that from now on; unless
-    the way back fails as well, of which the error is then.
+    Whatever is raised, by ``done`` too, every element is then what it was, and ``kept`` was told what undoes that
+    from now on; unless the way back fails as well, of which the error is then.
     """
     new = [Editing(edit, weakref.ref(ahead)) for edit in edits]
     space = Space()
@@ -108,6 +112,7 @@ def swap(
     try:
         for device, here in changes.items():
             merging.run(device, threads, [partial(change.run, space) for change in here])
+        return done(new)
     except BaseException:
         while True:
             try:
@@ -118,7 +123,6 @@ def swap(
                 continue
         kept([editing for here in changes.values() for change in here for editing in change.old])
         raise
-    return new
 
 
 def _devices(*editings: Sequence[Editing]) -> list[torch.device]:

@@ -69,7 +69,7 @@ def unchanged(cases: dict[str, launched.Case], before: dict[str, torch.Tensor]) 
 
 def merged(cases: dict[str, launched.Case]) -> list[applying.Editing]:
     edits = launched.edits(cases)
-    return merging.merge(edits, 1, merging.Ahead(edits))
+    return merging.merge(edits, 1, merging.Ahead(edits), list, lambda: None)
 
 
 def check(cases: dict[str, launched.Case]) -> None:

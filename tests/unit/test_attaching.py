@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import io
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -567,3 +569,169 @@ def test_sharded_parameters_are_refused_by_name(pushed: loreg.Registry, model: t
         assert bytes_of(model.get_submodule(tiny.V)) == before
     finally:
         distributed.destroy_process_group()
+
+
+# ---- Ctrl-C at any moment ----
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt in this thread where Python looks for signals: the n-th time that, in what changes and
+    guards a model, a function begins or one of C's has returned."""
+
+    FILES = ("serving/attaching.py", "serving/live.py", "serving/readers.py", "serving/swapping.py")
+
+    def __init__(self, at: int) -> None:
+        self.at, self.seen, self.where = at, 0, ""
+
+    def __enter__(self) -> Interrupts:
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: Any, event: str, _: object) -> None:
+        path = frame.f_code.co_filename
+        if event in ("call", "c_return") and path.endswith(self.FILES):
+            self.seen += 1
+            if self.seen == self.at:
+                self.where = f"{path}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["apply", "swap", "other tensors", "restore", "read"])
+def test_ctrl_c_at_any_moment(pushed: loreg.Registry, model: torch.nn.Module, tmp_path: Path, change: str) -> None:
+    """What the state says is what the model has; nothing is lost, and nobody waits for ever."""
+    summed, before = Sum(model), bytes_of(model)
+    push_dora(pushed, tmp_path / "dora")  # of one tensor more
+    live = serving.attach(summed, pushed, threads=1)
+    states = {text: merged(pushed, tmp_path / "base", text) for text in ("sql", "humor", "dora")} | {None: before}
+    old, act = {
+        "apply": (None, lambda: live.apply("humor")),
+        "swap": ("sql", lambda: live.swap("humor")),
+        "other tensors": ("dora", lambda: live.swap("sql")),
+        "restore": ("sql", lambda: live.restore(verify=False)),
+        "read": ("sql", lambda: summed()),
+    }[change]
+    for text in ("humor", "sql", "dora"):
+        live.prepare(text)
+    at = 0
+    while True:
+        at += 1
+        live.restore()
+        assert bytes_of(model) == before
+        if old is not None:
+            live.apply(old)
+        with Interrupts(at) as interrupts, suppress(KeyboardInterrupt):
+            act()
+        where = interrupts.where
+        assert not live._readers._reading and live._readers._writer is None, where
+        assert bytes_of(model) == states[live.state.expression], where
+        if not where:
+            break
+    assert at > 10
+
+
+def test_one_who_waits_to_change_does_not_wait_for_those_whom_a_reader_calls(
+    pushed: loreg.Registry, model: torch.nn.Module
+) -> None:
+    """They are a part of what it waits for."""
+    summed = Sum(model)
+    live = serving.attach(summed, pushed)
+    live.prepare("sql")
+    states: list[Any] = []
+
+    async def main() -> None:
+        async def generate() -> None:
+            with live.reading() as state:
+                while not live._readers._waiting:
+                    await asyncio.sleep(0.001)
+                states.append((state.expression, (await asyncio.to_thread(summed))[0]))
+                with pytest.raises(UsageError, match="in the middle"):  # it would wait for this block
+                    await live.swap_async("humor")
+
+        reading = asyncio.ensure_future(generate())
+        await asyncio.sleep(0.01)
+        changing = asyncio.ensure_future(live.swap_async("sql"))
+        await reading
+        await changing
+        with live.reading() as state:
+            states.append(state.expression)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert states == [(None, states[0][1]), "sql"]
+
+
+def test_a_context_of_a_reading_that_is_over_reads_nothing() -> None:
+    """A task that was begun in one may go on for ever."""
+    from contextvars import copy_context
+
+    lock = Readers()
+    with lock.reading():
+        context = copy_context()
+
+    def change() -> None:
+        with lock.writing():
+            pass
+
+    context.run(change)
+
+
+# ---- what the model is by then ----
+
+
+def test_a_model_that_is_laid_out_otherwise_is_looked_at_again(
+    pushed: loreg.Registry, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    live = serving.attach(model, pushed, check="none")
+    live.prepare("sql")
+    weight = model.get_parameter(f"{tiny.Q}.weight")
+    plain = weight.data
+    weight.data = plain.t().contiguous().t()
+    with pytest.raises(Unsupported, match=f"{tiny.Q}.weight' of the model is not contiguous"):
+        live.apply("sql")
+    weight.data = plain
+    model.add_module("twin", torch.nn.Module())
+    model.get_submodule("twin").register_parameter("weight", weight)
+    with pytest.raises(Unsupported, match="are one parameter of the model"):
+        live.apply("sql")
+    del model.twin
+    live.apply("sql")
+    assert bytes_of(model) == merged(pushed, tmp_path / "base", "sql")
+
+
+def test_what_is_prepared_does_not_keep_a_model_that_was_replaced(
+    pushed: loreg.Registry, model: torch.nn.Module
+) -> None:
+    import weakref
+
+    live = serving.attach(model, pushed, check="none")
+    for text in ("sql", "humor", "sql + humor"):
+        live.prepare(text)
+    old = weakref.ref(model.get_parameter(f"{tiny.Q}.weight"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    live.prepare("sql")
+    assert old() is None
+
+
+def test_what_others_change_after_a_restore_is_not_taken_for_a_wrong_one(
+    pushed: loreg.Registry, model: torch.nn.Module
+) -> None:
+    live = serving.attach(model, pushed)
+    live.apply("sql")
+    live.restore(verify=False)
+    with torch.no_grad():
+        model.get_parameter(f"{tiny.Q}.weight").add_(1)
+    live.restore()
+
+
+def test_the_signature_of_a_pass_is_what_it_was(pushed: loreg.Registry, model: torch.nn.Module) -> None:
+    """By which transformers tells what a model takes, and exporters call it."""
+    summed = Sum(model)
+    before = inspect.signature(summed.forward)
+    serving.attach(summed, pushed)
+    assert inspect.signature(summed.forward) == before
