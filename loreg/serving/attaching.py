@@ -194,8 +194,15 @@ class Live:
                 )
             self._originals.compare(ready, self._merged, self._check == "touched")
             before = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
+            if self._merged is not None:
+                self._merged.check(self._model)
             was = self._merged, self._given, self._state
             terms = tuple((adapter.digest, adapter.weight) for adapter in ready.adapters)
+            whole = False
+
+            def back() -> None:
+                nonlocal whole
+                whole = True
 
             def told(merged: Merged) -> None:
                 sizes = merged.touched_bytes, merged.undo_bytes
@@ -204,13 +211,14 @@ class Live:
 
             try:
                 if self._merged is None:
-                    ready.apply(told)
+                    ready.apply(told, back)
                 else:
-                    ready.replace(self._model, self._merged, told)
+                    ready.replace(self._merged, told, back)
             except BaseException:
                 self._merged, self._given, self._state = was
                 after = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
-                self._lost = after != before  # the way back failed too
+                uncounted = any(edit.target.place.tensor.is_inference() for edit in ready.edits)
+                self._lost = not whole and (uncounted or after != before)  # the way back failed too
                 raise
             return self._state
 

@@ -100,15 +100,18 @@ class Ready:
     threads: int | None
     ahead: Ahead
 
-    def apply(self, told: Callable[[Merged], None] = lambda _: None) -> Merged:
+    def apply(
+        self, told: Callable[[Merged], None] = lambda _: None, back: Callable[[], None] = lambda: None
+    ) -> Merged:
         """Edit the parameters, as they are now; as often as what is returned is undone. ``told`` gets it first: what
-        that raises takes all back."""
+        that raises takes all back. ``back`` is called if an error is raised and everything is as it was."""
         tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
         before = {name: state_of(tensor) for name, tensor in tensors.items()}
 
         def restored() -> None:
             for name, tensor in tensors.items():
                 _same_as(tensor, before[name])  # so that an earlier merge can still be taken back
+            back()
 
         def done(editings: list[Editing]) -> Merged:
             found = Merged(self.expression, tuple(editings), tensors, before, self.threads)
@@ -118,14 +121,14 @@ class Ready:
         return merging.merge(self.edits, self.threads, self.ahead, done, restored)
 
     def replace(
-        self, model: torch.nn.Module, merged: Merged, told: Callable[[Merged], None] = lambda _: None
+        self,
+        merged: Merged,
+        told: Callable[[Merged], None] = lambda _: None,
+        back: Callable[[], None] = lambda: None,
     ) -> Merged:
-        """Take ``merged`` out of ``model`` and edit the parameters as they then are, in one pass: all or nothing.
-        ``told`` is as in ``apply``.
-
-        Raises what ``Merged.undo`` does.
+        """Take ``merged``, of which ``check`` says that it is in the model, out of it, and edit the parameters as
+        they then are, in one pass: all or nothing. ``told`` and ``back`` are as in ``apply``.
         """
-        merged.check(model)
         tensors = {edit.target.place.name: edit.target.place.tensor for edit in self.edits}
         before = {name: merged.before.get(name) or state_of(tensor) for name, tensor in tensors.items()}
         now = {name: state_of(tensor) for name, tensor in tensors.items()} | merged.after
@@ -134,6 +137,7 @@ class Ready:
             merged.editings, merged.undone = tuple(editings), False
             for name, tensor in {**tensors, **merged.tensors}.items():
                 _same_as(tensor, now[name])
+            back()
 
         def done(editings: list[Editing]) -> Merged:
             found = Merged(self.expression, tuple(editings), tensors, before, self.threads)

@@ -265,8 +265,17 @@ def test_an_error_at_any_tile_of_a_swap(
     assert bytes_of(model) == before
 
 
-def test_where_the_way_back_fails_too_the_model_is_not_used(pushed: loreg.Registry, model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_where_the_way_back_fails_too_the_model_is_not_used(
+    pushed: loreg.Registry, tmp_path: Path, inference: bool
+) -> None:
+    """Also where torch counts no changes."""
+    with torch.inference_mode(inference):
+        model = module_of(tiny.tensors_in(tmp_path / "base"))
+    assert model.get_parameter(f"{tiny.Q}.weight").is_inference() is inference
     live = serving.attach(model, pushed, threads=1)
+    with failing(MemoryError(), {3}), pytest.raises(MemoryError):
+        live.apply("sql")
     live.apply("sql")
     with failing(MemoryError(), set(range(5, 100))), pytest.raises(MemoryError):
         live.swap("humor")
