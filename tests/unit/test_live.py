@@ -396,7 +396,7 @@ def test_threads_and_torchs_own_number_of_them(pushed: loreg.Registry, tmp_path:
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]),
     rows=st.integers(1, 300),
     columns=st.sampled_from([1, 7, 64, 300]),
-    scale=st.sampled_from([1.0, 2.0**-8, 30.0]),
+    scale=st.sampled_from([1.0, 2.0**-8, 16.0]),  # no sum leaves float8
     seed=st.integers(0, 2**32),
 )
 def test_corrections_give_back_what_was_there(
