@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class Refused(Exception):
 
 class Engine:
     """``asked``: every request that it got. ``faults``: what it does to the next requests instead of answering, or
-    beside it: a status, ``drop`` (nothing is done), ``lost`` (it is done, and the answer is lost) or ``hang``."""
+    beside it: a status, ``drop`` (nothing is done), ``lost`` (it is done, and the answer is lost),
+    ``hang``, or ``drip`` (an answer that has no end, a byte at a time)."""
 
     key: str | None = None
     most = 16
@@ -203,6 +204,9 @@ def serving(engine: Engine) -> Iterator[Engine]:
         def reply(self, body: Any, work: Callable[[], Reply]) -> None:
             engine.asked.append((self.path, body))
             fault = engine.faults.pop(0) if engine.faults else None
+            if fault == "drip":
+                self.drip()
+                return
             if fault in ("drop", "hang"):
                 time.sleep(5 if fault == "hang" else 0)
                 self.close_connection = True
@@ -215,6 +219,13 @@ def serving(engine: Engine) -> Iterator[Engine]:
                 self.close_connection = True
                 return
             self.send(*answer)
+
+        def drip(self) -> None:
+            self.close_connection = True
+            with suppress(OSError):  # nobody listens any more
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 50:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
 
         def answer(self, fault: int | str | None, work: Callable[[], Reply]) -> Reply:
             said = self.headers["Authorization"]

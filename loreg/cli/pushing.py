@@ -60,6 +60,7 @@ def serve_push(
       loreg serve-push sql --engine sglang --url http://gpu1:30000 --unload
     """
     from loreg.serving import pushing
+    from loreg.serving.preflight import limits_of
 
     with console.open() as registry:
         done = pushing.push(
@@ -71,7 +72,7 @@ def serve_push(
             unload=unload,
             key=os.environ.get(_KEY) or None,
             timeout=pushing.TIMEOUT if timeout is None else timeout,
-            **given,
+            **(limits_of(engine, given) if given else {}),
         )
     document: dict[str, Any] = {
         "engine": done.engine,

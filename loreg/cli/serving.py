@@ -50,10 +50,11 @@ def preflight(console: Console, reference: str, engine: str, given: dict[str, st
       loreg preflight sql:prod --engine vllm --limit max_lora_rank=64
       loreg preflight sql --engine sglang --limit lora_target_modules=q_proj,v_proj
     """
+    from loreg.serving.preflight import limits_of
     from loreg.serving.preflight import preflight as check
 
     with console.open() as registry:
-        found = check(reference, engine, registry, **given)
+        found = check(reference, engine, registry, **limits_of(engine, given))
     document = {
         "engine": found.engine,
         "digest": str(found.digest),

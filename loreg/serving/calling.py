@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -18,6 +21,8 @@ _LARGEST = 16 << 20
 """Bytes of an answer: thousands of adapters in a listing are some MB."""
 _SAID = 600
 """Characters of what a server says that are repeated."""
+_LONGEST = 1e6
+"""Seconds that a socket is told to wait, at most: it has no number for all that a caller may have."""
 _PASSING = {408, 425, 429, 502, 503, 504}
 """Answers after which the same may succeed. 500 is not one: vLLM says so of what it refuses for good."""
 
@@ -43,7 +48,7 @@ class Answer:
         """None if it is no JSON."""
         try:
             return json.loads(self.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 
@@ -60,6 +65,7 @@ class Server:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
+            (host or "").encode("idna")  # as a look-up does
         except ValueError:
             raise UsageError(f"the URL of the engine is none: {expected}.") from None
         if "@" in url or parts.username is not None:
@@ -70,13 +76,15 @@ class Server:
             or parts.query
             or parts.fragment
             or not url.isprintable()
+            or " " in url
+            or not parts.path.isascii()
         ):
             raise UsageError(f"{url!r} is no URL of an engine: {expected}.")
         if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
             raise UsageError("the key of the engine is none: expected printable ASCII.")
         netloc = f"[{host}]" if ":" in host else host
-        self.shown = f"{parts.scheme}://{netloc}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self.shown = f"{parts.scheme}://{netloc}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}"
+        self._opener = urllib.request.build_opener(_NoRedirects, _Plain, _Secured)
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Answer:
         """POST ``body`` as JSON, or GET without one; whatever the answer is, but for those that may pass.
@@ -94,7 +102,7 @@ class Server:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.shown + path, data, headers)
         try:
-            with self._opener.open(request, timeout=left) as response:
+            with self._opener.open(request, timeout=min(left, _LONGEST)) as response:
                 answer = self._answer(response, response.status)
         except urllib.error.HTTPError as error:
             with error:
@@ -130,7 +138,8 @@ class Server:
     def _repeatable(self, text: str) -> str:
         """Without the key, should a server or a proxy repeat it, control characters, and what goes on for pages."""
         if self._key:
-            text = text.replace(self._key, "***")
+            for written in (self._key, json.dumps(self._key)[1:-1]):
+                text = text.replace(written, "***")
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return line if len(line) <= _SAID else line[:_SAID] + " …"
 
@@ -142,11 +151,62 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Reader(io.RawIOBase):
+    """What comes on a socket until ``deadline``. A timeout of the socket's own is for each piece: a server that sends
+    one byte now and then would never be too late."""
+
+    def __init__(self, raw: IO[bytes], sock: socket.socket, deadline: float) -> None:
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        read: int = self._raw.readinto1(buffer)  # type: ignore[attr-defined]
+        return read
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, deadline: float, sock: socket.socket, **given: Any) -> None:
+        super().__init__(sock, **given)
+        self.fp = io.BufferedReader(_Reader(self.fp, sock, deadline))
+
+
+class _Connection(http.client.HTTPConnection):
+    """Of which ``timeout`` is for all of an answer."""
+
+    def __init__(self, host: str, /, *, timeout: float = _LONGEST, **given: Any) -> None:
+        super().__init__(host, timeout=timeout, **given)
+        self.response_class: Any = partial(_Response, time.monotonic() + timeout)
+
+
+class _SecuredConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _Secured(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecuredConnection, request)
+
+
 def _message(text: str) -> str:
     """The sentence in an error's body, by the names that engines give it; else the body."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     for _ in range(3):
         if not isinstance(found, dict):

@@ -9,6 +9,7 @@ else:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -19,7 +20,7 @@ from loreg.format.manifest import AdapterManifest
 from loreg.registry import Registry
 from loreg.registry.storage import Storage
 from loreg.serving.defaults import default_registry
-from loreg.serving.engines import ENGINES
+from loreg.serving.engines import ENGINES, EngineRules
 from loreg.serving.engines.described import Words
 from loreg.serving.engines.describing import CONFIG, PEFT, describe, words_of
 from loreg.serving.engines.rules import Effect, Finding
@@ -66,14 +67,7 @@ def preflight(reference: str, engine: str, registry: Registry | None = None, **l
     versions of the engines were read, ``spec/engines.md`` says. Raises NotFound for an unknown reference, UsageError
     for an unknown engine, limit, or value of one.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"{engine!r} is not an engine that is known here: expected one of {', '.join(ENGINES)}.")
-    rules = ENGINES[engine]
-    for name in limits:
-        if name not in rules.limits:
-            known = f"one of {', '.join(rules.limits)}" if rules.limits else "none, as it has none"
-            raise UsageError(f"{name!r} is not a limit of {engine} that decides about an adapter: expected {known}.")
-    given = {name: rules.limits[name](name, value) for name, value in limits.items()}
+    rules, given = _rules(engine), limits_of(engine, limits)
     registry = registry or default_registry()
     version = registry.resolve(reference)
     described = describe(version.manifest, _pushed_config(registry.storage, version.manifest))
@@ -81,6 +75,22 @@ def preflight(reference: str, engine: str, registry: Registry | None = None, **l
 
 
 preflight_async = in_thread(preflight)
+
+
+def limits_of(engine: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, whatever its names, as the ``limits`` of ``preflight``. Raises UsageError."""
+    limits = _rules(engine).limits
+    for name in given:
+        if name not in limits:
+            known = f"one of {', '.join(limits)}" if limits else "none, as it has none"
+            raise UsageError(f"{name!r} is not a limit of {engine} that decides about an adapter: expected {known}.")
+    return {name: limits[name](name, value) for name, value in given.items()}
+
+
+def _rules(engine: str) -> EngineRules:
+    if engine not in ENGINES:
+        raise UsageError(f"{engine!r} is not an engine that is known here: expected one of {', '.join(ENGINES)}.")
+    return ENGINES[engine]
 
 
 def _pushed_config(storage: Storage, manifest: AdapterManifest) -> Words | None:

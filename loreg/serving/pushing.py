@@ -21,7 +21,7 @@ from loreg.registry import Registry
 from loreg.serving import signals
 from loreg.serving.calling import Again, Server
 from loreg.serving.defaults import default_registry
-from loreg.serving.preflight import preflight
+from loreg.serving.preflight import limits_of, preflight
 from loreg.serving.resolving import resolve
 from loreg.serving.speaking import SPEAKERS, Adapter
 from loreg.serving.twins import in_thread
@@ -79,9 +79,12 @@ def push(
     if engine not in SPEAKERS:
         raise UsageError(f"{engine!r} is no engine that can be pushed to: expected one of {', '.join(SPEAKERS)}.")
     action = "unload" if unload else "load"
+    if not timeout > 0:
+        raise UsageError(f"timeout is {timeout}: expected seconds, above 0.")
     with signals.default().time("push", engine=engine, action=action, outcome="failed") as timer:
         speaker = SPEAKERS[engine](Server(url, key, time.monotonic() + timeout))
         speaker.require(unload=unload, named=name is not None)
+        limits = limits_of(engine, limits)
         if unload:
             adapter = Adapter(_name(reference, name), "", "")
         else:

@@ -12,9 +12,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 
 import loreg
 from loreg import serving
+from loreg.cli import main
 from loreg.digest import Digest
 from loreg.errors import NotFound, UsageError
 from loreg.format.manifest import AdapterManifest
@@ -521,6 +523,16 @@ def test_a_question_that_makes_no_sense(
 ) -> None:
     with pytest.raises(UsageError, match=says):
         serving.preflight("sql", engine, pushed, **limits)
+
+
+@pytest.mark.parametrize("name", ["reference", "engine", "registry", "max_rank"])
+def test_the_command_line_takes_any_name_for_a_limit(
+    pushed: loreg.Registry, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOREG_HOME", str(pushed.home))
+    refused = CliRunner().invoke(main, ["preflight", "sql", "--engine", "vllm", "--limit", f"{name}=8"])
+    assert refused.exit_code == 2
+    assert f"'{name}' is not a limit of vllm" in refused.stderr
 
 
 def test_an_unknown_reference(pushed: loreg.Registry) -> None:
