@@ -35,21 +35,26 @@ class Site:
     def add(self, x: Tensor, output: Tensor, index: Tensor) -> Tensor:
         """``output`` + B(Ax), for each row by the factors at its ``index``. Raises UsageError if ``x`` has others."""
         count, dtype = len(index), self.B.dtype
-        if self.embeds and len(x) == 1:  # positions, the same for all rows
-            x, output = x.expand(count, *x.shape[1:]), output.expand(count, *output.shape[1:])
-        if len(x) % count:
+        given = x.shape if self.embeds else x.shape[:-1]
+        rows = given[0] if given else 1
+        if self.embeds and given and rows == 1:  # positions, the same for all rows
+            rows, x, output = count, x.expand(count, *x.shape[1:]), output.expand(count, *output.shape[1:])
+        if rows % count:
             raise UsageError(
-                f"{self.name!r} was given {len(x)} rows, and adapters are named for {count}: expected as many, or a "
+                f"{self.name!r} was given {rows} rows, and adapters are named for {count}: expected as many, or a "
                 "multiple of them with the parts of each row in succession."
             )
-        # What is of one row lies together, be it beams, positions or both.
-        if self.embeds:
-            inner = self.A[index[:, None], x.reshape(count, -1)]
-        else:
-            inner = torch.bmm(x.reshape(count, -1, x.shape[-1]).to(dtype), self.A[index].mT)
-        base = output.reshape(count, -1, output.shape[-1]).to(dtype)
-        # Not in place: somebody else's hook may have kept the output.
-        return torch.baddbmm(base, inner, self.B[index].mT).to(output.dtype).view(output.shape)
+        wide = torch.promote_types(dtype, output.dtype)  # a sum in less would round what the base gives
+        with torch.autocast(x.device.type, enabled=False):
+            # What is of one row lies together, be it beams, positions or both.
+            if self.embeds:
+                inner = self.A[index[:, None], x.reshape(count, -1)]
+            else:
+                inner = torch.bmm(x.reshape(count, -1, x.shape[-1]).to(dtype), self.A[index].mT)
+            base = output.reshape(count, -1, output.shape[-1]).to(wide)
+            # Not in place: somebody else's hook may have kept the output.
+            found = torch.baddbmm(base, inner.to(wide), self.B[index].mT.to(wide))
+        return found.to(output.dtype).view(output.shape)
 
 
 def sites(

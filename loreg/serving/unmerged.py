@@ -70,10 +70,10 @@ def unmerged(
     with what they know of their base.
 
     The factors lie on the devices of their layers, padded to the largest rank of each layer, with the scale folded
-    into B. ``dtype``: theirs, and that of the product; default is the widest of the factors and the weight. Each
-    factor is rounded once to it (exact where it is as wide as the stored one and the scale a power of two), and an
-    output once to its own dtype. What None serves is the base's own output, and a weight that two layers share is
-    adapted in those layers that the adapter adapts.
+    into B. ``dtype``: theirs, and that of the product, also under autocast; default is the widest of the factors and
+    the weight. Each factor is rounded once to it (exact where it is as wide as the stored one and the scale a power
+    of two), and an output once to its own dtype. What None serves is the base's own output, and a weight that two
+    layers share is adapted in those layers that the adapter adapts.
 
     Under ``torch.compile`` the graph breaks at each layer that is adapted; outputs stay right.
 

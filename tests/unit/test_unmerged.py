@@ -59,6 +59,11 @@ def ids(rows: int, positions: int = 5, seed: int = 0) -> torch.Tensor:
 
 
 NAMES = ("sql", "humor", "wide", "words")
+GIVEN = {
+    V: torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1)),
+    EMBEDDING: torch.arange(12).reshape(3, 4) % 10,
+}
+"""What three rows are for a layer."""
 
 
 @pytest.fixture
@@ -142,6 +147,32 @@ def test_an_output_is_rounded_once(served: loreg.Registry, dtype: torch.dtype) -
     step = exact.abs() * torch.finfo(dtype).eps / 2
     assert ((found.double() - exact).abs() <= step + 1e-6 * exact.abs().max()).all()
     assert torch.equal(found[1], base[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_less_than_the_base_round_nothing_of_it(served: loreg.Registry, dtype: torch.dtype) -> None:
+    model = Net(tiny.model(), torch.float32)
+    before = {name: model.get_submodule(name)(x) for name, x in GIVEN.items()}
+    mixed = serving.unmerged(model, ["wide", "words"], served, check="none", dtype=dtype)
+    with mixed, mixed.rows([0, None, 1]):
+        found = {name: model.get_submodule(name)(x) for name, x in GIVEN.items()}
+    assert torch.equal(found[V][1:], before[V][1:]) and not torch.equal(found[V][0], before[V][0])
+    assert torch.equal(found[EMBEDDING][:2], before[EMBEDDING][:2])
+    assert not torch.equal(found[EMBEDDING][2], before[EMBEDDING][2])
+
+
+@torch.no_grad()
+def test_autocast_rounds_nothing_of_it_either(served: loreg.Registry) -> None:
+    """What the base gives under autocast, and beside it the product in the dtype of the factors."""
+    model = Net(tiny.model(), torch.float32)
+    exact = served.load("words")[EMBEDDING].dense()[GIVEN[EMBEDDING][2]].double()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.get_submodule(EMBEDDING)(GIVEN[EMBEDDING])
+        with serving.unmerged(model, ["words"], served, check="none") as mixed, mixed.rows([None, None, 0]):
+            found = model.get_submodule(EMBEDDING)(GIVEN[EMBEDDING])
+    assert torch.equal(found[:2], before[:2])
+    assert torch.allclose(found[2].double(), before[2].double() + exact, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_stays_whatever_is_raised(served: loreg.Registry) -> None:
@@ -262,6 +293,10 @@ def test_what_does_not_fit_a_batch_is_said(served: loreg.Registry) -> None:
             model(ids(3))
         with mixed.rows([0, 0]), pytest.raises(UsageError, match=r"given 1 rows, .* named for 2"):
             model(ids(1))
+        with mixed.rows([0, 0]), pytest.raises(UsageError, match=r"given 1 rows, .* named for 2"):
+            model.get_submodule(V)(torch.zeros(6, dtype=torch.float64))
+        with mixed.rows([0]):
+            assert model.get_submodule(V)(torch.zeros(6, dtype=torch.float64)).shape == (6,)
         for rows, words in (
             ([2], "2 is no index"),
             ([-1], "-1 is no index"),
