@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -62,7 +63,7 @@ def load(
     ``model``: a PeftModel, or any other module, into which PEFT's layers are then injected in place. A first adapter
     of that name becomes the active one. If there is one already, it is swapped where PEFT can do that right: LoRA of
     linear layers for LoRA, of no larger rank, in the same modules or fewer. Else it is replaced. Which adapters are
-    active stays as it is.
+    active stays as it is, and so does, in a swap, the dropout of one that PEFT was to train.
 
     The version is read from its verified directory; LoRA in the folded form, whose scales are all 1, so that a swap
     changes nothing but tensors: each element of B is off by half an ulp of float32 at most. Factors are float32
@@ -306,7 +307,7 @@ def _activate(model: Any, names: list[str]) -> None:
 def _replace(model: Any, source: _Source, name: str) -> None:
     """Under another name first: what PEFT does not take is found out while the old one is there."""
     _require_unmerged(model, name)
-    trial = f"{name}-trial"
+    trial = next(free for number in count() if (free := f"{name}-trial{number}") not in model.peft_config)
     active = _active(model)
     _inject(model, source, trial)
     _delete(model, trial)
@@ -333,6 +334,8 @@ def _can_swap(model: Any, source: _Source, name: str) -> bool:
         return False
     if any(name in each._adapters for each in _auxiliary(model)):
         return False
+    if any(name in getattr(layer, "lora_variant", {}) for layer in _layers(model)):  # an activated LoRA, say
+        return False
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mine = {key for key in parameters if key.endswith(tuple(f"{hot[:-7]}.{name}.weight" for hot in _HOT))}
     if mine != {key for key in model.state_dict() if "lora_" in key and name in key}:
@@ -352,3 +355,13 @@ def _swap(model: Any, source: _Source, name: str) -> None:
 
     _require_unmerged(model, name)
     hotswap_adapter_from_state_dict(model, source.keys(model, name), name, source.config)
+    # All scales are 1 now, and what PEFT leaves of the old adapter would say otherwise when it is saved or scaled.
+    for layer in _layers(model):
+        if name in getattr(layer, "lora_A", ()):
+            layer.lora_alpha[name] = layer.r[name]
+            layer.use_rslora[name] = False
+    config = model.peft_config[name]
+    config.lora_alpha, config.alpha_pattern, config.use_rslora = config.r, dict(config.rank_pattern), False
+    config.inference_mode = True
+    for parameter in _own_parameters(model, name):
+        parameter.requires_grad_(False)

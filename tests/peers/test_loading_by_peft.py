@@ -9,6 +9,7 @@ import pytest
 import torch
 from peer_models import VOCABULARY, BaseOf, load_model, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 import loreg
@@ -138,6 +139,46 @@ def test_other_adapters_are_left_alone(llama: World) -> None:
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in before.items())
     same(model, llama, two)  # and the one that was active is
+
+
+def test_an_adapter_of_peft_own_is_swapped_whole(llama: World, tmp_path: Path) -> None:
+    """Also what says how it is scaled, saved and trained."""
+    two = (llama.push(r=2), llama.push(r=2, use_rslora=True))
+    given = {"r": 4, "lora_alpha": 12, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 5}}
+    config = LoraConfig(target_modules=ATTENTION["llama"], use_rslora=True, **given)
+    model = get_peft_model(llama.model(), config)
+    for number, version in enumerate(two):
+        assert load(model, version, llama.registry).action == "swapped"
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        same(model.eval(), llama, version)
+        model.save_pretrained(str(tmp_path / str(number)))
+        same(PeftModel.from_pretrained(llama.model(), str(tmp_path / str(number))).eval(), llama, version)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(2)
+                layer.unscale_layer()
+        same(model, llama, version)
+
+
+def test_an_activated_lora_is_no_lora_to_swap(llama: World) -> None:
+    version = llama.push()
+    config = LoraConfig(r=4, target_modules=ATTENTION["llama"], alora_invocation_tokens=[VOCABULARY - 1])
+    model = get_peft_model(llama.model(), config).eval()
+    assert load(model, version, llama.registry).action == "replaced"
+    same(model, llama, version)
+
+
+def test_a_trial_takes_nobodys_name(llama: World) -> None:
+    one = llama.push()
+    model = get_peft_model(llama.model(), LoraConfig(target_modules=ATTENTION["llama"])).eval()
+    names = [f"default-trial{number}" for number in ("", 0, 1)]
+    for name in names:
+        load(model, one, llama.registry, adapter_name=name)
+    assert load(model, llama.push(r=16), llama.registry).action == "replaced"
+    assert {"default", *names} == set(model.peft_config)
+    for name in names:
+        model.set_adapter(name)
+        same(model, llama, one)
 
 
 def test_what_is_not_active_stays_so(llama: World) -> None:
