@@ -146,10 +146,14 @@ class Resolver:
         _check_base(registry, version, base_model_name)
         reference = str(version.digest)  # the tag may move meanwhile
         resolver, pin = resolving.Resolver.of(registry), ExitStack()
-        found = resolver.resolve(reference, form=_form(registry, reference, self.limits))
+        form, stacked = _form(registry, reference, self.limits)
+        found = resolver.resolve(reference, form=form)
         pin.enter_context(resolver.directories.pinned(found.path.name))
         pin.callback(resolver.directories.note, found.path.name)
-        return Served(LoRARequest(lora_name, request_id(found.digest), str(found.path)), found.digest, pin)
+        request = LoRARequest(lora_name, request_id(found.digest), str(found.path))
+        if stacked:
+            request.is_3d_lora_weight = True
+        return Served(request, found.digest, pin)
 
 
 RESOLVER = Resolver()
@@ -290,14 +294,15 @@ def _limits(config: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _form(registry: Registry, reference: str, limits: Mapping[str, Any]) -> Form:
-    """As which directory vLLM reads the version right. Raises Unsupported where it would in none."""
+def _form(registry: Registry, reference: str, limits: Mapping[str, Any]) -> tuple[Form, bool]:
+    """As which directory vLLM reads the version right, and whether it has experts in one stack, which a vLLM that
+    takes them either way has to be told. Raises Unsupported where it would read it right in none."""
     from loreg.serving.preflight import preflight
 
     checked = preflight(reference, "vllm", registry, **limits)
     if checked.form is None:
         raise Unsupported(" ".join(f"{finding.reason} {finding.remedy}" for finding in checked.findings))
-    return checked.form if _version() >= _PATTERNS else "folded"
+    return checked.form if _version() >= _PATTERNS else "folded", checked.stacked
 
 
 def _version() -> tuple[int, int]:

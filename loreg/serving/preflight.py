@@ -39,11 +39,13 @@ class Preflight:
     """What was found of a version and an engine; ``ok`` if nothing was.
 
     ``form``: the one to serve: ``peft`` if ok, ``folded`` if that is free of all that was found, else None.
+    ``stacked``: whether experts are adapted as one stack, which vLLM has to be told (``is_3d_lora_weight``).
     """
 
     digest: Digest
     engine: str
     findings: tuple[Finding, ...]
+    stacked: bool = False
 
     @property
     def ok(self) -> bool:
@@ -71,7 +73,7 @@ def preflight(reference: str, engine: str, registry: Registry | None = None, **l
     registry = registry or default_registry()
     version = registry.resolve(reference)
     described = describe(version.manifest, _pushed_config(registry.storage, version.manifest))
-    return Preflight(version.digest, engine, rules.findings(described, given))
+    return Preflight(version.digest, engine, rules.findings(described, given), bool(described.stacks))
 
 
 preflight_async = in_thread(preflight)

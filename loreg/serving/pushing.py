@@ -109,7 +109,7 @@ def _ready(reference: str, engine: str, registry: Registry, name: str | None, li
         reasons = " ".join(f"{each.subject}: {each.reason} {each.remedy}" for each in lasting)
         raise Unsupported(f"{engine} would not serve {reference} as it was trained. {reasons}")
     resolved = resolve(str(found.digest), registry, form=found.form)  # by its digest: the tag may move meanwhile
-    return Adapter(chosen, str(resolved.path.absolute()), str(found.digest))
+    return Adapter(chosen, str(resolved.path.absolute()), str(found.digest), found.stacked)
 
 
 def _name(reference: str, name: str | None) -> str:

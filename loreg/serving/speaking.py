@@ -26,11 +26,13 @@ _WORD = "a"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an engine is told: a name, and the path of a directory. ``digest``: of the version."""
+    """What an engine is told: a name, and the path of a directory. ``digest``: of the version. ``stacked``: as of
+    ``Preflight``."""
 
     name: str
     path: str
     digest: str
+    stacked: bool = False
 
 
 class Speaker:
@@ -145,6 +147,8 @@ class VLLM(_Named):
         if before is not None:
             self._require_swaps(adapter)
         body = {"lora_name": adapter.name, "lora_path": adapter.path, "load_inplace": before is not None}
+        if adapter.stacked:
+            body["is_3d_lora_weight"] = True
         self.tell("/v1/load_lora_adapter", body, self._WITHOUT)
 
     def _require_swaps(self, adapter: Adapter) -> None:

@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -326,6 +327,17 @@ def test_what_preflight_refuses_is_none_with_the_reason(
     assert "rank" in line
     assert "--max-lora-rank" in line
     assert "Unsupported" not in line
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_vllm_is_told_of_experts_in_one_stack(
+    resolver: Resolver, model: str, monkeypatch: pytest.MonkeyPatch, stacked: bool
+) -> None:
+    """Which one that was started with --enable-mixed-moe-lora-format refuses if it is not (model_manager.py)."""
+    module = import_module("loreg.serving.preflight")
+    preflight = module.preflight
+    monkeypatch.setattr(module, "preflight", lambda *a, **k: replace(preflight(*a, **k), stacked=stacked))
+    assert getattr(asked(resolver, model, "sql"), "is_3d_lora_weight", False) is stacked
 
 
 def test_an_unknown_limit_is_left_to_vllm(

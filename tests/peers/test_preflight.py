@@ -85,6 +85,7 @@ def test_parameters_are_no_layers_to_an_engine(registry: Registry, tmp_path: Pat
     _built(_LORA["`target_parameters`: Conv1D (GPT-2), which is not transposed"], registry, tmp_path)
     found = serving.preflight("adapter", "llama.cpp", registry)
     assert {finding.subject for finding in found.findings} == {"target_parameters"} and found.form is None
+    assert found.stacked
 
 
 def test_initial_factors_double_the_rank(registry: Registry, tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def test_findings_are_sentences(engine: str) -> None:
 def test_the_form_to_serve(pushed: loreg.Registry) -> None:
     """``humor`` has rsLoRA."""
     fine, folded = serving.preflight("sql", "llama.cpp", pushed), serving.preflight("humor", "llama.cpp", pushed)
-    assert (fine.ok, fine.form, fine.findings) == (True, "peft", ())
+    assert (fine.ok, fine.form, fine.findings, fine.stacked) == (True, "peft", (), False)
     assert (folded.ok, folded.form) == (False, "folded")
     assert [finding.subject for finding in folded.findings] == ["use_rslora"]
     assert folded.digest == pushed.resolve("humor").digest and folded.engine == "llama.cpp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -168,6 +169,18 @@ def test_preflight_decides_whether_and_in_which_form(engine: Engine, pushed: lor
     assert done.path == str(serving.resolve("humor", pushed, form="folded").path)
     assert done.path.endswith("-folded")
     assert json.loads((Path(done.path) / "adapter_config.json").read_text())["use_rslora"] is False
+
+
+@pytest.mark.parametrize("engine", NAMED, indirect=True)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_vllm_is_told_of_experts_in_one_stack(
+    engine: Engine, stacked: bool, pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dataclasses.replace(serving.preflight("sql", engine.kind, pushed), stacked=stacked)
+    monkeypatch.setattr(pushing, "preflight", lambda *_, **__: found)
+    push("sql", engine.kind, engine.url, pushed)
+    (body,) = [body for path, body in engine.asked if path in LOADS]
+    assert body.get("is_3d_lora_weight", False) is (stacked and engine.kind == "vllm")
 
 
 @pytest.mark.parametrize("engine", NAMED, indirect=True)
