@@ -166,6 +166,8 @@ RULES: list[tuple[str, str, Described, dict[str, Any], Found]] = [
     ("convolution", "sglang", CONV, {}, {("ignores", "conv", False)}),
     ("attention", "sglang", MHA, {}, {("ignores", "attention", False)}),
     ("no number", "sglang", llama(layer("projector.o_proj")), {}, {("ignores", "layers", False)}),
+    ("experts", "sglang", experts(*GATED), {}, set()),
+    ("experts by short names", "sglang", experts("w1", "w2", "w3"), {}, {("refuses", "target_modules", False)}),
     ("an unknown module", "sglang", only("model.layers.0.attn.dense"), {}, {("refuses", "target_modules", False)}),
     ("a pattern", "sglang", llama(words={"targets": ".*proj"}), {}, {("refuses", "target_modules", True)}),
     ("all linear", "sglang", llama(words={"targets": "all-linear"}), {}, set()),

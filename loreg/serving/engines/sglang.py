@@ -19,8 +19,8 @@ _LAYER = re.compile(r"layers\.\d+\.")
 _EVERYTHING = ("all", "all-linear")
 _CALLED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
-    "down_proj": ("down_proj", "w2"),
+    "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "down_proj": ("down_proj",),
     "embed_tokens": ("embed_tokens", "vocab_emb", "embeddings", "word_embeddings"),
     "lm_head": ("lm_head", "output", "unembed_tokens"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj_with_mqa"),
@@ -28,6 +28,8 @@ _CALLED = {
     "indexer.wk": ("wk",),
     "indexer.weights_proj": ("weights_proj",),
 }
+"""The names that a config may have for each buffer. w1, w2 and w3 of experts are renamed among the tensors, and not
+in a config (``get_normalized_target_modules``), so that no buffer is found for them."""
 _OWN = {name: target for target, names in _CALLED.items() for name in names}
 _KNOWN = {*_CALLED, "qkvr", "o_proj", "wo_ud", "out_proj", "in_proj", "in_proj_qkvz", "up_proj"}
 _KNOWN |= {"fc1_latent_proj", "fc2_latent_proj", "q_b_proj", "kv_b_proj"}
