@@ -22,11 +22,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from loreg.catalog import kinds
 from loreg.catalog.changes import wait_for
-from loreg.errors import BadInput, CheckFailed, UsageError
+from loreg.errors import BadInput, CheckFailed, Conflict, UsageError
 
 _PROBE = 1 << 16
 """Bytes: two pieces of the index of a log."""
@@ -48,7 +49,7 @@ class SQLite:
         self.path = path
         self.name = str(path)
         self._looking = threading.Lock()
-        self._looker: tuple[tuple[int, int, int], sqlite3.Connection, object] | None = None
+        self._looker: tuple[Hashable, sqlite3.Connection, object] | None = None
 
     @classmethod
     def of_url(cls, url: URL) -> SQLite:
@@ -73,13 +74,12 @@ class SQLite:
         is compared with itself alone. Takes some microseconds."""
         with self._looking:
             try:
-                status = self.path.stat()
-                at = status.st_dev, status.st_ino, os.getpid()  # a catalog that was put there since is another one
+                at = _file(self.path), os.getpid()  # a catalog that was put there since is another one
                 if self._looker is None or self._looker[0] != at:
                     self._looker = at, _connect(self.path), object()
                 _, connection, own = self._looker
                 return own, connection.execute("PRAGMA data_version").fetchone()
-            except (OSError, sqlite3.Error):  # whoever looks at the rows is told
+            except (OSError, Conflict, sqlite3.Error):  # whoever looks at the rows is told
                 return None
 
     def announce(self, connection: Connection, names: Collection[str] | None) -> None:
@@ -140,15 +140,39 @@ class FileChanges:
         """The stamp is the registry's."""
 
 
+class _Connection(sqlite3.Connection):
+    """``file``: which one was at its path just before it was opened."""
+
+    file: tuple[int, int] | None = None
+
+
+def _file(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def _connect(path: Path) -> sqlite3.Connection:
+    file = None
+    try:
+        file = _file(path)
+    except FileNotFoundError as error:
+        raise Conflict(
+            f"the catalog {path} is not there any more: expected it where it was opened; put it back, or open the "
+            "registry again."
+        ) from error
+    except OSError:
+        pass  # to open it says what is wrong
     # mode=rw never creates: a catalog deleted under us is an error, not a new and empty one.
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw",
         uri=True,
         timeout=kinds.BUSY_TIMEOUT_MS / 1000,
         isolation_level=None,
         check_same_thread=False,
+        factory=_Connection,
     )
+    connection.file = file
+    return connection
 
 
 def _engine(path: Path, *, migrating: bool = False) -> Engine:
@@ -164,6 +188,17 @@ def _engine(path: Path, *, migrating: bool = False) -> Engine:
         connection.execute("PRAGMA synchronous = FULL")
         # Copying a table, as SQLite's migrations do, would cascade; an upgrade checks the keys at its end.
         connection.execute(f"PRAGMA foreign_keys = {'OFF' if migrating else 'ON'}")
+
+    @event.listens_for(engine, "checkout")
+    def check_file(connection: _Connection, _record: Any, _proxy: Any) -> None:
+        """A catalog that was put in place of the one that is open, as by a restore, is the catalog: what is read and
+        written in the other one is lost."""
+        try:
+            same = connection.file == _file(path)
+        except OSError:
+            same = False
+        if not same:
+            raise DisconnectionError("another file is at the catalog's path")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:

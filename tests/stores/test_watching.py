@@ -210,11 +210,39 @@ def test_a_catalog_that_is_replaced_by_a_backup_is_noticed(tmp_path: Path) -> No
         with serving.watch("sql:prod", registry, interval=SOON, timeout=0.5) as watch:
             assert watch.current == two
             assert told(watch) == []
-            registry.database._engine.dispose()
             shutil.move(backup, source)
             for beside in ("-wal", "-shm"):
                 source.with_name(source.name + beside).unlink(missing_ok=True)
             assert told(watch) == [(two, one)]
+
+
+def test_a_catalog_that_is_away_is_asked_again(tmp_path: Path) -> None:
+    with filled(Place(tmp_path / "home"), tmp_path) as registry, loreg.open(registry.home) as other:
+        one, two, _ = digests(registry)
+        catalog, away = registry.home / "catalog.db", tmp_path / "away.db"
+        with serving.watch("sql:prod", registry, interval=SOON, timeout=0.3) as watch:
+            shutil.move(catalog, away)
+            assert told(watch) == []
+            for _ in range(2):
+                with pytest.raises(Conflict, match="is not there any more"):
+                    registry.tag("sql:v2", "prod")
+            shutil.move(away, catalog)
+            other.tag("sql:v2", "prod")
+            assert told(watch) == [(one, two)]
+
+
+def test_what_is_written_after_a_restore_is_in_what_was_restored(tmp_path: Path) -> None:
+    with filled(Place(tmp_path / "home"), tmp_path) as registry:
+        _, two, _ = digests(registry)
+        source, backup = registry.home / "catalog.db", tmp_path / "backup.db"
+        with contextlib.closing(sqlite3.connect(source)) as raw, contextlib.closing(sqlite3.connect(backup)) as copy:
+            raw.backup(copy)
+        shutil.move(backup, source)
+        for beside in ("-wal", "-shm"):
+            source.with_name(source.name + beside).unlink(missing_ok=True)
+        registry.tag("sql:v2", "prod")
+        with loreg.open(registry.home) as other:
+            assert other.digest_of("sql:prod") == two
 
 
 def test_a_catalog_that_cannot_be_read_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
