@@ -28,9 +28,13 @@ class Changes(Protocol):
     def close(self) -> None: ...
 
 
+_LONGEST = 1e6
+"""Seconds: a selector has no number for all that a caller may have, and who is woken too early looks again."""
+
+
 def wait_for(seconds: float, *files: socket.socket | int) -> None:
     """Until one of them can be read or ``seconds`` are over."""
     with selectors.DefaultSelector() as selector:  # select() itself takes no descriptor above 1023
         for file in files:
             selector.register(file, selectors.EVENT_READ)
-        selector.select(max(0.0, seconds))
+        selector.select(min(max(0.0, seconds), _LONGEST))

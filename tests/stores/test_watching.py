@@ -347,6 +347,12 @@ def test_whoever_waits_is_woken_by_a_close(place: Place, tmp_path: Path) -> None
         assert told(watch) == []
 
 
+def test_an_interval_may_be_of_any_length(pushed: loreg.Registry) -> None:
+    with serving.watch("sql", pushed, interval=1e300) as watch:
+        threading.Timer(0.2, watch.close).start()
+        assert list(watch) == []
+
+
 def test_an_interrupt_ends_it(pushed: loreg.Registry) -> None:
     watch = serving.watch("sql", pushed, interval=NEVER)
     threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
