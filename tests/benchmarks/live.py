@@ -148,7 +148,7 @@ class _Models:
         merged = self.ready.apply()
 
         def work() -> None:
-            self.merged = self.other.replace(self.ours, merged)
+            self.merged = self.other.replace(merged)
 
         seconds = self._seconds(work)
         self._done().undo(self.ours)

@@ -76,8 +76,16 @@ def recorded(job: dict[str, Any]) -> dict[str, Any]:
 def _weaken(synchronous: str) -> None:
     connect = sqlite3.connect
 
-    class Weak(sqlite3.Connection):
-        def execute(self, statement: str, *given: Any) -> sqlite3.Cursor:
-            return super().execute(statement.replace("synchronous = FULL", f"synchronous = {synchronous}"), *given)
+    def weak(kind: Any) -> Any:
+        class Weak(kind):
+            def execute(self, statement: str, *given: Any) -> sqlite3.Cursor:
+                return super().execute(
+                    statement.replace("synchronous = FULL", f"synchronous = {synchronous}"), *given
+                )
 
-    sqlite3.connect = lambda *given, **options: connect(*given, factory=Weak, **options)  # type: ignore[assignment]
+        return Weak
+
+    def connected(*given: Any, factory: Any = sqlite3.Connection, **options: Any) -> sqlite3.Connection:
+        return connect(*given, factory=weak(factory), **options)
+
+    sqlite3.connect = connected  # type: ignore[assignment]
