@@ -117,7 +117,7 @@ def test_no_move_is_lost_or_told_twice_at_any_pace(place: Place, tmp_path: Path)
                 mover.tag(f"sql:v{draw.randint(1, 3)}", "prod")
                 time.sleep(draw.choice([0, 0, 0.003]))
 
-        watch = serving.watch("sql:prod", registry, interval=0.001, timeout=1.0)
+        watch = serving.watch("sql:prod", registry, interval=0.001, timeout=5.0)
         at, thread = watch.current, threading.Thread(target=move)
         thread.start()
         events = 0
@@ -207,7 +207,7 @@ def test_a_catalog_that_is_replaced_by_a_backup_is_noticed(tmp_path: Path) -> No
         with contextlib.closing(sqlite3.connect(source)) as raw, contextlib.closing(sqlite3.connect(backup)) as copy:
             raw.backup(copy)
         registry.tag("sql:v2", "prod")
-        with serving.watch("sql:prod", registry, interval=SOON, timeout=0.5) as watch:
+        with serving.watch("sql:prod", registry, interval=SOON, timeout=1.5) as watch:
             assert watch.current == two
             assert told(watch) == []
             shutil.move(backup, source)
@@ -220,7 +220,7 @@ def test_a_catalog_that_is_away_is_asked_again(tmp_path: Path) -> None:
     with filled(Place(tmp_path / "home"), tmp_path) as registry, loreg.open(registry.home) as other:
         one, two, _ = digests(registry)
         catalog, away = registry.home / "catalog.db", tmp_path / "away.db"
-        with serving.watch("sql:prod", registry, interval=SOON, timeout=0.3) as watch:
+        with serving.watch("sql:prod", registry, interval=SOON, timeout=1.5) as watch:
             shutil.move(catalog, away)
             assert told(watch) == []
             for _ in range(2):

@@ -260,7 +260,7 @@ def test_it_ends_in_time(engine: Engine, fault: str, pushed: loreg.Registry) -> 
     began = time.monotonic()
     with pytest.raises(RemoteError, match=r"not reached|not done in time"):
         push("sql", "vllm", engine.url, pushed, timeout=0.5)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
