@@ -49,6 +49,8 @@ def expression(chosen: random.Random) -> str:
     return " + ".join(f"{chosen.choice(['', '0.5*', '1.7*'])}a{number}" for number in names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", LORA)
 def test_a_thousand_random_swaps(kind: str, dtype: str, registry: loreg.Registry, tmp_path: Path) -> None:
