@@ -12,7 +12,7 @@ from loreg.serving.preflight import Preflight, preflight, preflight_async
 from loreg.serving.pushing import Pushed, push, push_async
 from loreg.serving.resolving import Resolved, resolve, resolve_async
 from loreg.serving.tiers import Statistics
-from loreg.serving.unmerged import Unmerged, unmerged
+from loreg.serving.unmerged import Unmerged, unmerged, unmerged_async
 from loreg.serving.watching import Moved, Watch, watch, watch_async
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "resolve_async",
     "unmerge_",
     "unmerged",
+    "unmerged_async",
     "watch",
     "watch_async",
 ]

@@ -178,6 +178,8 @@ class Live:
         and waits for nobody."""
         self._prepared(expression, 1.0, method, parameters)
 
+    prepare_async = in_thread(prepare)
+
     # ---- inside ----
 
     def _change(

@@ -128,6 +128,8 @@ pack_async = in_thread(pack)
 def _check(references: Sequence[str], max_rank: int, layout: str) -> None:
     if layout not in get_args(Layout):
         raise UsageError(f"{layout!r} is not a layout: expected one of {', '.join(get_args(Layout))}.")
+    if isinstance(references, str):
+        raise UsageError(f"{references!r} is one reference: expected a list of them, as in [{references!r}].")
     if not references:
         raise UsageError("No adapters to pack: expected at least one.")
     if max_rank < 1:

@@ -26,6 +26,7 @@ from loreg.registry import Registry
 from loreg.serving.defaults import default_registry
 from loreg.serving.live import Check
 from loreg.serving.sites import Site, sites
+from loreg.serving.twins import in_thread
 
 Row = int | str | None
 """What serves a row: an adapter, by its place among the references or by the reference itself; None: none."""
@@ -86,6 +87,9 @@ def unmerged(
     if check not in ("touched", "none"):
         raise UsageError(f"{check!r} is not a kind of check: expected 'touched' or 'none'.")
     return Unmerged(tuple(references), tuple(sites(model, references, registry, check=check, dtype=dtype)))
+
+
+unmerged_async = in_thread(unmerged)
 
 
 class Unmerged:

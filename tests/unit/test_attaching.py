@@ -442,6 +442,7 @@ def test_the_async_twins(pushed: loreg.Registry, model: torch.nn.Module, tmp_pat
 
     async def main() -> list[Bytes]:
         found = []
+        await live.prepare_async("sql")
         for change in (
             live.apply_async("sql"),
             live.swap_async("humor"),

@@ -159,6 +159,7 @@ def test_a_layer_that_is_fused_in_the_checkpoint(registry: loreg.Registry, tmp_p
         (["one", "two"], 7, "vllm", Unsupported, r"two:v1 has rank 8 at '.*layers.1.mlp.up_proj', and .* room for 7"),
         (["one"], 4, "rows", UsageError, r"'rows' is not a layout: expected one of vllm, sglang, sgmv"),
         ([], 4, "vllm", UsageError, "No adapters"),
+        ("one", 4, "vllm", UsageError, r"'one' is one reference: expected a list"),
         (["one"], 0, "vllm", UsageError, "largest rank of 0"),
         (["one"], 12, "sgmv", UsageError, "8 or a multiple of 16, not 12"),
         (["none"], 4, "vllm", NotFound, "none"),

@@ -386,3 +386,10 @@ def test_the_default_registry_is_the_users(served: loreg.Registry, monkeypatch: 
     model = Net(tiny.model())
     with serving.unmerged(model, ["sql"], check="none") as mixed, mixed.rows([0]):
         assert torch.allclose(model(ids(1)), edited(served, "sql")(ids(1)), rtol=1e-12)
+
+
+def test_the_async_twin(pushed: loreg.Registry, tmp_path: Path) -> None:
+    async def main() -> serving.Unmerged:
+        return await serving.unmerged_async(torch.nn.Module(), [None], pushed)
+
+    assert asyncio.run(main()).references == (None,)
