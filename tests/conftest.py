@@ -56,6 +56,18 @@ def pytest_unconfigure() -> None:
     s3_server.stop_all()
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both that can compute an edit on a CPU."""
+    from loreg.algebra import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", None)
+    elif native.library is None:
+        pytest.skip("loreg was installed where there was no C compiler")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def _empty_catalog(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     # Running the migrations takes longer than most tests; a closed SQLite database is one file.

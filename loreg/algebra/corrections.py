@@ -16,22 +16,22 @@ from loreg.algebra import native
 from loreg.algebra.passes import Outcome
 from loreg.algebra.rounding import bits, from_ordered, ordered
 
-_BLOCK = 2**16
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Corrections:
     """What has to be added, in storage values (``rounding.ordered``), to W' less the delta, correctly rounded, to get
     W, where it is not 0. On W's device.
 
-    ``by`` (int8) at the places ``index`` of W's elements in a row, each once and in no order (int32 where W has fewer
-    than 2³¹, else int64); and beyond a byte ``wide`` (int64) at ``wide_index`` (int64).
+    ``by`` (int8) at the places ``index`` of W's elements in a row, each once (int32 where W has fewer than 2³¹, else
+    int64); and beyond a byte ``wide`` (int64) at ``wide_index`` (int64). Places are counted from ``start``, and
+    ascend on a CPU.
     """
 
     index: Tensor
     by: Tensor
     wide_index: Tensor
     wide: Tensor
+    start: int = 0
 
     @classmethod
     def of(cls, residual: Tensor, outcome: Outcome) -> Corrections:
@@ -39,14 +39,10 @@ class Corrections:
         belongs to it."""
         wide_index, wide = outcome.index.to(residual.device), outcome.wide.to(residual.device)
         residual[wide_index] = 0
-        if residual.device.type != "cpu":
-            index = residual.nonzero()[:, 0]
-            return cls.at(index, residual.index_select(0, index), wide_index, wide, len(residual))
-        counts, offsets, by = native.sparse(residual, _BLOCK)
-        kind = torch.int32 if len(residual) < 2**31 else torch.int64
-        blocks = torch.arange(0, len(residual), _BLOCK, dtype=kind)
-        index = torch.repeat_interleave(blocks, counts, output_size=len(offsets)).add_(offsets.to(kind))
-        return cls(index, by.clone(), wide_index, wide)  # a new tensor, of no more than there is
+        if _is_compiled(residual):
+            return cls(*native.places(residual), wide_index, wide)
+        index = residual.nonzero()[:, 0]
+        return cls.at(index, residual.index_select(0, index), wide_index, wide, len(residual))
 
     @classmethod
     def at(cls, index: Tensor, by: Tensor, wide_index: Tensor, wide: Tensor, size: int) -> Corrections:
@@ -54,22 +50,62 @@ class Corrections:
         return cls(index.int() if size < 2**31 else index.long(), by, wide_index, wide)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.index, self.by, self.wide_index, self.wide
+
+    @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.index, self.by, self.wide_index, self.wide))
+        return sum(x.nbytes for x in self.tensors)
 
     def to(self, device: torch.device) -> Corrections:
         """The same on another device."""
-        return Corrections(*(x.to(device) for x in (self.index, self.by, self.wide_index, self.wide)))
+        if self.index.device == device:
+            return self
+        index, by, wide_index, wide = (x.to(device) for x in self.tensors)
+        if device.type == "cpu":
+            (index, order), (wide_index, wide_order) = index.sort(), wide_index.sort()
+            by, wide = by[order], wide[wide_order]
+        return Corrections(index, by, wide_index, wide, self.start)
+
+    def before(self, elements: int) -> Corrections:
+        """Of the first ``elements`` of these, which are on the CPU. Shares their memory."""
+        near, far = self._below(elements)
+        return Corrections(self.index[:near], self.by[:near], self.wide_index[:far], self.wide[:far], self.start)
+
+    def after(self, elements: int, near: int | None = None, far: int | None = None) -> Corrections:
+        """Of all but the first ``elements``, to which ``near`` and ``far`` belong. Shares their memory."""
+        if near is None or far is None:
+            near, far = self._below(elements)
+        rest = self.index[near:], self.by[near:], self.wide_index[far:], self.wide[far:]
+        return Corrections(*rest, self.start + elements)
+
+    def move_out(self) -> None:
+        """Has memory of its own from now on: all of them, or none."""
+        self.index, self.by, self.wide_index, self.wide = [x.clone() for x in self.tensors]
+
+    def _below(self, elements: int) -> tuple[int, int]:
+        end = self.start + elements
+        return int(torch.searchsorted(self.index, end)), int(torch.searchsorted(self.wide_index, end))
 
     @torch.no_grad()
     def add_to(self, predicted: Tensor) -> None:
         """W in the place of what was predicted for it (1-D, contiguous, on the device of these), all or nothing.
         Waits for no device."""
-        words, found = bits(predicted), list[tuple[Tensor, Tensor]]()
+        words, both = bits(predicted), ((self.index, self.by), (self.wide_index, self.wide))
+        if predicted.itemsize in (2, 4) and _is_compiled(words):
+            for index, by in both:
+                native.move(words, index, by, self.start)
+            return
+        found = list[tuple[Tensor, Tensor]]()
         # Not by [index], which takes three times as long. And nothing is written before all that allocates.
-        for index, by in ((self.index, self.by), (self.wide_index, self.wide)):
+        for index, by in both:
             if len(index):
+                index = index - self.start if self.start else index
                 values = ordered(words.index_select(0, index).view(predicted.dtype)).add_(by)
                 found.append((index.long(), bits(from_ordered(values, predicted.dtype))))
         for index, word in found:
             words.scatter_(0, index, word)
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return native.library is not None and x.device.type == "cpu" and len(x) < 2**31

@@ -211,6 +211,12 @@ class Prepared:
         """The pass, if it is one that can be launched."""
         return self._pass if isinstance(self._pass, gpu.Fused) else None
 
+    def compiled(self, first: int) -> native.End | None:
+        """The compiled pass of rows from the ``first`` on, if the edit has one, and keeps the dtype."""
+        if not isinstance(self._pass, native.Fused) or self._dtypes[0] != self._dtypes[1]:
+            return None
+        return native.End(self._pass, first, self._shape[0] - first)
+
     def __neg__(self) -> Prepared:
         """What takes the edit back, of one ``on_gpu``, and for the rest in the same memory."""
         assert isinstance(self._pass, gpu.Fused)
@@ -359,6 +365,11 @@ class Stacked:
             outcome += found.moved(done * self._shape[2])
             done = span.stop
         return outcome
+
+    def compiled(self, first: int) -> native.End | None:
+        """As ``Prepared.compiled``, of the rows of one matrix."""
+        index, first = divmod(first, self._shape[1])
+        return self._matrix(index).compiled(first)
 
     @property
     def on_gpu(self) -> bool:

@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
 
     @classmethod
     def all(cls, found: Sequence[Candidates]) -> Candidates:
-        return cls(*map(torch.cat, zip(*found, strict=True)))
+        return cls(*map(torch.cat, zip(*found, strict=True))) if len(found) > 1 else found[0]
 
 
 @dataclass(frozen=True, slots=True)

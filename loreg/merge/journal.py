@@ -165,10 +165,11 @@ class Recorder:
             size = native.records(corrections, before, torch.from_numpy(wide), BLOCK, self._room)
             self._put(to_memory(self._room)[:size])
             return
-        counts, offsets, values = (found.numpy() for found in native.sparse(torch.from_numpy(small), BLOCK))
-        bounds = np.concatenate([[0], np.cumsum(counts)])
+        index = np.flatnonzero(small)
+        offsets, values = index % BLOCK, small[index]
+        bounds = np.searchsorted(index, range(0, len(small) + BLOCK, BLOCK))
         escapes = np.searchsorted(np.flatnonzero(values == ESCAPE), bounds)
-        parts = offsets.astype("<u2", copy=False).data, values.data, wide.astype("<i8", copy=False).data
+        parts = offsets.astype("<u2").data, values.data, wide.astype("<i8", copy=False).data
         cuts, size = zip(bounds.tolist(), escapes.tolist(), strict=True), BLOCK * self._width
         for block, ((a, c), (b, d)) in enumerate(pairwise(cuts)):
             here = raw[block * size : (block + 1) * size]

@@ -1,23 +1,23 @@
 """The edits of a live model, each on its own: applied in place, a tensor per thread and tile by tile, and taken back
 bit for bit.
 
-A tile is computed beside the weight and copied onto it when it is right, so that an error leaves each element either
-as it was, or edited and with what undoes that.
+Rows are changed a step after the other (``algebra.changing``), so that an error leaves each element either as it was,
+or edited and with what undoes that.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from loreg.algebra.changing import Changing, Kept, Space, step_of
 from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked, WeightedSum
 from loreg.algebra.rounding import Workspace
@@ -30,17 +30,6 @@ from loreg.tensors import NAMES
 
 if TYPE_CHECKING:
     from loreg.serving.merging import Ahead, Returning
-
-_TILE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
-"""Of a weight, worked on at once: few steps, and on a CPU what is computed is still in cache when it is copied."""
-
-
-class Space(threading.local):
-    """What a thread computes in."""
-
-    def __init__(self) -> None:
-        self.workspace = Workspace()
-        self.other = Workspace()  # of a second edit, that goes on from what the first has made of a tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +83,11 @@ class Edit:
 
 
 class Piece(NamedTuple):
-    """Rows that were edited, and what undoes that: what the prediction misses, or the original."""
+    """Rows that were edited, and what undoes that; None where they were not."""
 
     first: int
     rows: int
-    kept: Corrections | Tensor
+    kept: Kept | None
 
 
 class Editing:
@@ -113,7 +102,7 @@ class Editing:
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.kept.nbytes for piece in self.pieces)
+        return sum(piece.kept.nbytes for piece in self.pieces if piece.kept is not None)
 
     @torch.inference_mode()
     def apply(self, space: Space) -> None:
@@ -121,11 +110,11 @@ class Editing:
             if self.over:  # by an error elsewhere, of which this thread does not know yet
                 return
             try:
-                self._apply(space.workspace)
+                self._apply(space)
             except BadInput as error:
                 raise type(error)(f"Tensor {self.edit.target.place.name!r}: {error}") from error
 
-    def _apply(self, workspace: Workspace) -> None:
+    def _apply(self, space: Space) -> None:
         weight = self.edit.target.place.weight
         if (replacement := self.edit.replacement()) is not None:
             self.pieces.append(Piece(0, len(self.rows(weight)), weight.clone()))
@@ -139,36 +128,39 @@ class Editing:
             return original
 
         value, rows = self.edit.load(before), self.rows(weight)
-        if original is not None:  # What an edit of the base's own values did is not known without them [U2].
-            self.pieces.append(Piece(0, len(rows), original))
-        prepared = self._prepare(value, weight, workspace, residual=original is None)
-        for first, W in _tiles(rows):
-            out = workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
-            if original is not None:
-                prepared.tile(W, first, out)
-                W.copy_(out)
-                continue
-            piece = self.piece(prepared, W, first, out, workspace)
+        prepared = self._prepare(value, weight, space.first, residual=original is None)
+        if original is None:
+            _advance(rows, _all(rows), Changing(None, prepared, space), self.pieces)
+            return
+        # What an edit of the base's own values did is not known without them [U2].
+        self.pieces.append(Piece(0, len(rows), original))
+        for first, height, _ in _all(rows, step_of(rows)):
+            W = rows[first : first + height]
+            out = space.first.take("out", W.numel(), W.dtype, W.device).view(W.shape)
+            prepared.tile(W, first, out)
             W.copy_(out)
-            self.pieces.append(piece)
+
+    @torch.inference_mode()
+    def undo(self, space: Space) -> None:
+        """May be called again where it was interrupted."""
+        with self.turn:
+            self.over = True
+            weight = self.edit.target.place.weight
+            predicts = any(isinstance(piece.kept, Corrections) for piece in self.pieces)
+            back = self._prepared(weight, space.first, back=True) if predicts else None
+            _advance(self.rows(weight), self.pieces, Changing(back, None, space))
+
+    @torch.inference_mode()
+    def give_way(self, other: Editing, space: Space) -> None:
+        """Each row that this has edited is taken back and edited by ``other``, of the same tensor; both ``tiled``."""
+        weight = self.edit.target.place.weight
+        back, forth = self._prepared(weight, space.first, back=True), other._prepared(weight, space.second)
+        _advance(self.rows(weight), self.pieces, Changing(back, forth, space), other.pieces)
 
     @property
     def tiled(self) -> bool:
         """Whether each tile is edited on its own: a sum that reads nothing of the weight."""
         return self.edit.plain is not None
-
-    def prepared(self, weight: Tensor, workspace: Workspace, back: bool = False) -> Prepared | Stacked:
-        """The edit of a tile, or what takes it back; of one that is ``tiled``."""
-        value = self.edit.load(no_base)
-        return self._prepare(-value if back else value, weight, workspace, residual=not back)
-
-    def piece(self, prepared: Prepared | Stacked, W: Tensor, first: int, out: Tensor, workspace: Workspace) -> Piece:
-        """Rows from the ``first``, edited into ``out``, and what undoes that. Writes nothing else."""
-        small = workspace.take("residual", W.numel(), torch.int8, W.device)
-        kept: Corrections | Tensor = Corrections.of(small, prepared.tile(W, first, out, small.view(W.shape)))
-        if kept.nbytes >= W.nbytes:
-            kept = W.clone()
-        return Piece(first, len(W), kept)
 
     @property
     def whole(self) -> Corrections | None:
@@ -179,41 +171,42 @@ class Editing:
         complete = first == 0 and height == len(self.rows(self.edit.target.place.weight))
         return kept if complete and isinstance(kept, Corrections) else None
 
-    @torch.inference_mode()
-    def undo(self, space: Space) -> None:
-        """May be called again where it was interrupted."""
-        with self.turn:
-            self.over = True
-            weight, workspace = self.edit.target.place.weight, space.workspace
-            rows = self.rows(weight)
-            prepared: Prepared | Stacked | None = None
-            while self.pieces:
-                first, height, kept = self.pieces[-1]
-                W = rows[first : first + height]
-                if isinstance(kept, Tensor):
-                    W.copy_(kept.view(W.shape))
-                else:
-                    if prepared is None:
-                        prepared = self.prepared(weight, workspace, back=True)
-                    out = workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
-                    prepared.tile(W, first, out)
-                    kept.to(W.device).add_to(out.view(-1))
-                    W.copy_(out)
-                self.pieces.pop()
-
     def rows(self, weight: Tensor) -> Tensor:
         """The weight as rows, those of a stack counted through all of it."""
         view = self.edit.view
         return weight.view(-1, view[-1]) if len(view) > 1 else weight.view(-1)
 
+    def _prepared(self, weight: Tensor, workspace: Workspace, back: bool = False) -> Prepared | Stacked:
+        """The edit, or what takes it back, of one that reads nothing of the weight."""
+        value = self.edit.load(no_base)
+        return self._prepare(-value if back else value, weight, workspace, residual=not back)
+
     def _prepare(
-        self, value: WeightedSum, weight: Tensor, workspace: Workspace, residual: bool = False
+        self, value: WeightedSum, weight: Tensor, workspace: Workspace, residual: bool
     ) -> Prepared | Stacked:
         view, on_device = self.edit.view, weight.device.type == "cuda"
         return value.prepare(
             view, weight.dtype, weight.dtype, weight.device, workspace=workspace, residual=residual,
-            tile_rows_hint=_step(self.rows(weight)) if on_device else None,
+            tile_rows_hint=step_of(self.rows(weight)) if on_device else None,
         )  # fmt: skip
+
+
+def _advance(rows: Tensor, todo: list[Piece], changing: Changing, done: list[Piece] | None = None) -> None:
+    """Changes what is to do, from the last piece on; each step takes it from there, and adds to what is done."""
+    while todo:
+        first, height, kept = todo[-1]
+        for step in changing.rows(rows[first : first + height], first, kept):
+            if done is not None:
+                done.append(Piece(first, step.rows, step.fresh))
+            first, height = first + step.rows, height - step.rows
+            todo[-1:] = [Piece(first, height, step.rest)] if height else []
+
+
+def _all(rows: Tensor, step: int | None = None) -> list[Piece]:
+    """All of them, none of which is edited."""
+    height = len(rows) if rows.numel() else 0
+    step = step or height or 1
+    return [Piece(first, min(step, height - first), None) for first in range(0, height, step)]
 
 
 class ReadsBase(BadInput):
@@ -222,15 +215,3 @@ class ReadsBase(BadInput):
 
 def no_base() -> Tensor:
     raise ReadsBase("an edit that is to be known without the base's own values reads them.")
-
-
-def _step(rows: Tensor) -> int:
-    """How many are one tile."""
-    row = prod(rows.shape[1:]) * rows.itemsize
-    return max(1, _TILE_BYTES[rows.device.type] // max(1, row))
-
-
-def _tiles(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    if rows.numel():
-        for first in range(0, len(rows), step := _step(rows)):
-            yield first, rows[first : first + step]

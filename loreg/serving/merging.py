@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from loreg.algebra import gpu
+from loreg.algebra.changing import Space
 from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked
 from loreg.algebra.launching import Launched, Work, launch
 from loreg.errors import Conflict
 from loreg.merge.workers import results, workers
-from loreg.serving.applying import Edit, Editing, Piece, Space
+from loreg.serving.applying import Edit, Editing, Piece
 
 T = TypeVar("T")
 _Key = tuple[torch.dtype, torch.device]

@@ -14,10 +14,10 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
+from loreg.algebra.changing import Space
 from loreg.serving import merging
-from loreg.serving.applying import Edit, Editing, Space
+from loreg.serving.applying import Edit, Editing
 from loreg.serving.merging import Ahead
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Change:
             if self._over:  # by an error elsewhere, of which this thread does not know yet
                 return
             if self._in_one_pass:
-                _move(self.old[0], self.new[0], space)
+                self.old[0].give_way(self.new[0], space)
             else:
                 merging.undo_here(self.old, space)
                 merging.apply_here(self.new, self._ahead, space)
@@ -49,7 +49,7 @@ class Change:
         with self._turn:
             self._over = True
             if self._in_one_pass:
-                _move(self.new[0], self.old[0], space)
+                self.new[0].give_way(self.old[0], space)
                 return
             merging.undo_here(self.new, space)
             begun = [editing for editing in self.old if editing.over]
@@ -69,28 +69,6 @@ class Change:
         if places[0].span != places[1].span or old.edit.view != new.edit.view:
             return False
         return old.tiled and new.tiled and not any(merging.is_launched(each.edit) for each in (old, new))
-
-
-def _move(source: Editing, target: Editing, space: Space) -> None:
-    """Every tile that ``source`` has edited is taken back, and edited by ``target``."""
-    weight = source.edit.target.place.weight
-    rows = source.rows(weight)
-    back = source.prepared(weight, space.workspace, back=True)
-    forth = target.prepared(weight, space.other)
-    while source.pieces:
-        first, height, kept = source.pieces[-1]
-        W = rows[first : first + height]
-        base = space.workspace.take("out", W.numel(), W.dtype, W.device).view(W.shape)
-        if isinstance(kept, Tensor):
-            base.copy_(kept.view(W.shape))
-        else:
-            back.tile(W, first, base)
-            kept.to(W.device).add_to(base.view(-1))
-        out = space.other.take("out", W.numel(), W.dtype, W.device).view(W.shape)
-        piece = target.piece(forth, base, first, out, space.other)
-        W.copy_(out)
-        target.pieces.append(piece)
-        source.pieces.pop()
 
 
 def swap(

@@ -6,16 +6,17 @@ import asyncio
 import copy
 import inspect
 import io
+import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import steps
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,25 +26,17 @@ from live_models import Bytes, bytes_of, module_of
 import loreg
 from loreg import serving
 from loreg.algebra import native
-from loreg.algebra.edits import Prepared
+from loreg.algebra.corrections import Corrections
 from loreg.errors import BadInput, BaseMismatch, CheckFailed, Conflict, NotFound, Unsupported, UsageError
 from loreg.serving import applying, swapping
 from loreg.serving.readers import Readers
 
+compiled = pytest.mark.skipif(native.library is None, reason="loreg was installed where there was no C compiler")
+
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several of each tensor, so that a merge can fail in the middle of one."""
-    monkeypatch.setattr(applying, "_TILE_BYTES", {"cpu": 48, "cuda": 48})
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", None)
-    elif native.library is None:
-        pytest.skip("loreg was installed where there was no C compiler")
-    return str(request.param)
+    steps.make_small(monkeypatch)
 
 
 @pytest.fixture
@@ -222,26 +215,11 @@ def test_a_restore_is_compared(
 # ---- all or nothing ----
 
 
-@contextmanager
-def failing(error: BaseException, at: set[int]) -> Iterator[list[int]]:
-    """At these tiles, counted from 1."""
-    real, calls = Prepared.tile, [0]
-
-    def tile(self: Prepared, *args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] in at:
-            raise error
-        return real(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Prepared, "tile", tile)
-        yield calls
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), BadInput("no")])
 @pytest.mark.parametrize(("old", "new"), [("sql", "humor"), ("sql", "dora"), ("dora", "humor + sql")])
-def test_an_error_at_any_tile_of_a_swap(
+@pytest.mark.usefixtures("engine")
+def test_an_error_at_any_step_of_a_swap(
     pushed: loreg.Registry, model: torch.nn.Module, tmp_path: Path, old: str, new: str, error: BaseException,
     threads: int,
 ) -> None:  # fmt: skip
@@ -251,11 +229,11 @@ def test_an_error_at_any_tile_of_a_swap(
     live = serving.attach(model, pushed, threads=threads)
     live.apply(old)
     now, state = bytes_of(model), live.state
-    with failing(error, set()) as steps:
+    with steps.failing(error, lambda _: False) as count:
         live.swap(new)
     live.swap(old)
-    for step in range(1, steps[0] + 1, 3):
-        with failing(error, {step}), pytest.raises(type(error)):
+    for step in range(1, count[0] + 1, 2):
+        with steps.failing(error, step.__eq__), pytest.raises(type(error)):
             live.swap(new)
         assert bytes_of(model) == now, step
         assert (live.state.expression, live.state.undo_bytes) == (state.expression, state.undo_bytes)
@@ -263,6 +241,40 @@ def test_an_error_at_any_tile_of_a_swap(
     assert bytes_of(model) == merged(pushed, tmp_path / "base", new)
     live.restore()
     assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("old", "new"), [("sql", "humor"), ("dora", "humor + sql")])
+@compiled
+def test_no_memory_for_what_undoes_a_step_that_is_done(
+    pushed: loreg.Registry, model: torch.nn.Module, tmp_path: Path, old: str, new: str, threads: int
+) -> None:
+    """It is then taken back by what is still in the workspace."""
+    push_dora(pushed, tmp_path / "dora")
+    live, moves = serving.attach(model, pushed, threads=threads), [0]
+    before, real = bytes_of(model), Corrections.move_out
+    for step in itertools.count(1):
+        live.apply(old)
+        now = bytes_of(model)
+        moves[0] = 0
+
+        def move_out(self: Corrections, step: int = step) -> None:
+            moves[0] += 1
+            if moves[0] == step:
+                raise MemoryError
+            real(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Corrections, "move_out", move_out)
+            with suppress(MemoryError):
+                live.swap(new)
+        if moves[0] >= step:
+            assert bytes_of(model) == now, step
+        live.restore()
+        assert bytes_of(model) == before, step
+        if moves[0] < step:
+            break
+    assert step > 3
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -274,10 +286,10 @@ def test_where_the_way_back_fails_too_the_model_is_not_used(
         model = module_of(tiny.tensors_in(tmp_path / "base"))
     assert model.get_parameter(f"{tiny.Q}.weight").is_inference() is inference
     live = serving.attach(model, pushed, threads=1)
-    with failing(MemoryError(), {3}), pytest.raises(MemoryError):
+    with steps.failing(MemoryError(), (3).__eq__), pytest.raises(MemoryError):
         live.apply("sql")
     live.apply("sql")
-    with failing(MemoryError(), set(range(5, 100))), pytest.raises(MemoryError):
+    with steps.failing(MemoryError(), (3).__le__), pytest.raises(MemoryError):
         live.swap("humor")
     for use in (lambda: live.swap("sql"), lambda: live.restore(), lambda: live.reading().__enter__()):
         with pytest.raises(Conflict, match="load the model again"):
@@ -287,11 +299,11 @@ def test_where_the_way_back_fails_too_the_model_is_not_used(
 def test_a_restore_goes_on_to_the_end(pushed: loreg.Registry, model: torch.nn.Module) -> None:
     before, live = bytes_of(model), serving.attach(model, pushed, threads=1)
     live.apply("sql")
-    with failing(KeyboardInterrupt(), {3}), pytest.raises(KeyboardInterrupt):
+    with steps.failing(KeyboardInterrupt(), (3).__eq__), pytest.raises(KeyboardInterrupt):
         live.restore()
     assert bytes_of(model) == before and live.state.expression is None
     live.apply("sql")
-    with failing(MemoryError(), {3, 4}), pytest.raises(MemoryError):
+    with steps.failing(MemoryError(), {3, 4}.__contains__), pytest.raises(MemoryError):
         live.restore()
     assert bytes_of(model) != before
     with pytest.raises(Conflict, match="restore it, which goes on"):

@@ -10,6 +10,7 @@ from typing import Any
 import live_models
 import numpy as np
 import pytest
+import steps
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,9 +19,8 @@ from live_models import module_of
 
 import loreg
 from loreg import serving
-from loreg.algebra import LowRank, WeightedSum, native
+from loreg.algebra import LowRank, WeightedSum
 from loreg.algebra.corrections import Corrections
-from loreg.algebra.edits import Prepared
 from loreg.algebra.passes import UNSURE
 from loreg.algebra.rounding import Workspace, bits
 from loreg.errors import BadInput, BaseMismatch, Conflict, LoregError, NotFound, Unsupported, UsageError
@@ -43,18 +43,9 @@ def parameter(model: torch.nn.Module, name: str) -> torch.Tensor:
     return dict(model.named_parameters(remove_duplicate=False))[name]
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", None)
-    elif native.library is None:
-        pytest.skip("loreg was installed where there was no C compiler")
-    return str(request.param)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(applying, "_TILE_BYTES", {"cpu": 48, "cuda": 48})
+    steps.make_small(monkeypatch)
 
 
 def check(
@@ -305,69 +296,34 @@ def test_an_error_half_way_leaves_nothing(registry: loreg.Registry, tmp_path: Pa
     assert done == [f"{tiny.Q}.weight"], "the other one was edited, and put back"
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_an_interrupt_leaves_nothing_even_a_second_one(
-    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("engine", "small_tiles")
+def test_an_interrupt_leaves_nothing_even_a_second_one(pushed: loreg.Registry, tmp_path: Path) -> None:
     model = module_of(tiny.tensors_in(tmp_path / "base"))
-    tile, calls = Prepared.tile, 0
-
-    def interrupted(self: Prepared, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls in (4, 5):  # the second while the first is being cleared away
-            raise KeyboardInterrupt
-        return tile(self, *args)
-
-    monkeypatch.setattr(Prepared, "tile", interrupted)
-    refused(pushed, model, KeyboardInterrupt, "^$", threads=1)
-    assert calls > 5
+    with steps.failing(
+        KeyboardInterrupt(), {4, 5}.__contains__
+    ) as count:  # the second while the first is cleared away
+        refused(pushed, model, KeyboardInterrupt, "^$", threads=1)
+    assert count[0] > 5
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_a_way_back_that_fails_is_not_taken_for_one(
-    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("engine", "small_tiles")
+def test_a_way_back_that_fails_is_not_taken_for_one(pushed: loreg.Registry, tmp_path: Path) -> None:
     """For example for want of memory, twice: an earlier merge is then not taken back as if nothing had happened."""
     model = module_of(tiny.tensors_in(tmp_path / "base"))
     merged = serving.merge_(model, "sql", pushed)
-    tile, calls = Prepared.tile, 0
-
-    def failing(self: Prepared, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls >= 4:
-            raise MemoryError
-        return tile(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Prepared, "tile", failing)
-        with pytest.raises(MemoryError):
-            serving.merge_(model, "humor", pushed, check="none", threads=1)
+    with steps.failing(MemoryError(), (4).__le__), pytest.raises(MemoryError):
+        serving.merge_(model, "humor", pushed, check="none", threads=1)
     with pytest.raises(Conflict, match="was changed since"):
         serving.unmerge_(model, merged)
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_an_interrupted_unmerge_goes_on(
-    pushed: loreg.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("engine", "small_tiles")
+def test_an_interrupted_unmerge_goes_on(pushed: loreg.Registry, tmp_path: Path) -> None:
     model = module_of(tiny.tensors_in(tmp_path / "base"))
     before = bytes_of(model)
     merged = serving.merge_(model, "sql", pushed)
-    tile, calls = Prepared.tile, 0
-
-    def interrupted(self: Prepared, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return tile(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Prepared, "tile", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            serving.unmerge_(model, merged)
+    with steps.failing(KeyboardInterrupt(), (3).__eq__), pytest.raises(KeyboardInterrupt):
+        serving.unmerge_(model, merged)
     assert bytes_of(model) != before
     serving.unmerge_(model, merged)
     assert bytes_of(model) == before

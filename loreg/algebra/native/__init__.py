@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from loreg.algebra.rounding import Workspace
 _CPU = torch.device("cpu")
 _NONE = Candidates(*(torch.empty(0, dtype=dtype) for dtype in (*[torch.int64] * 2, *[torch.float64] * 2)))
 _PANEL = 32
+_ROWS = _FEW = 4
+"""ROWS and FEW of merge.c."""
 _ROOM = 2**18
 """Doubtful elements that there is memory for: 6 MiB, of which only pages that are written count."""
 
@@ -61,6 +63,29 @@ class _Task(ctypes.Structure):
         ("back", _Screen),
         ("unsure", _Doubtful),
         ("wide", _Wide),
+    )
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("index", "by")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("far_index", "far")),
+        ("far_count", ctypes.c_int64),
+    )
+
+
+class _Change(ctypes.Structure):
+    """``struct change`` of merge.c."""
+
+    _fields_ = (
+        ("back", ctypes.POINTER(_Task)),
+        ("forth", ctypes.POINTER(_Task)),
+        ("W", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "high", "start")),
+        *((name, _Kept) for name in ("old", "fresh")),
+        *((name, ctypes.c_int64) for name in ("room", "far_room")),
+        *((name, ctypes.c_void_p) for name in ("base", "out", "small")),
     )
 
 
@@ -187,16 +212,21 @@ class Fused:
             by_row |= {"Lsingle": factors.left.float(), "margin": margin}
         self._by_row = {name: value for name, value in by_row.items() if value is not None}
 
+    def task(self, first: int) -> _Task:
+        """For rows from the ``first`` on; it holds until the next is asked for."""
+        task = self._task
+        for name, value in self._by_row.items():
+            setattr(task, name, value[first:].data_ptr())
+        task.found, task.unsure, task.wide = self._found.given(), self._unsure.given(), self._known.given()
+        return task
+
     def rows(self, W: Tensor, first: int, out: Tensor, residual: Tensor | None = None) -> Done:
         """As ``Blocks.rows``, with at least one row done."""
         contiguous = W.is_contiguous() and out.is_contiguous()
         W, to = W.contiguous(), out if contiguous else torch.empty(out.shape, dtype=out.dtype)
-        task = self._task
+        task = self.task(first)
         task.W, task.to, task.rows, task.looked = W.data_ptr(), to.data_ptr(), len(W), 0
-        for name, value in self._by_row.items():
-            setattr(task, name, value[first:].data_ptr())
         task.small = None if residual is None else residual.data_ptr()
-        task.found, task.unsure, task.wide = self._found.given(), self._unsure.given(), self._known.given()
         done = self._function(ctypes.byref(task))
         if not contiguous:
             out[:done] = to[:done]
@@ -204,6 +234,67 @@ class Fused:
         if residual is None:
             return Done(done, found, None)
         return Done(done, found, self._unsure.taken(task.unsure, first, task.cols), self._known.taken(task.wide))
+
+
+_AT_ONCE = 2**16
+"""Elements that are changed at once: what is read and made of them stays in the second-level cache."""
+_FAR = 2**17
+
+
+class End(NamedTuple):
+    """An edit from a row of the weight's on, and how many more there are."""
+
+    fused: Fused
+    first: int
+    rows: int
+
+
+class Changed(NamedTuple):
+    """How many rows were changed; how many corrections belong to them, and far ones; and those that undo it:
+    ``Corrections``."""
+
+    rows: int
+    used: tuple[int, int]
+    fresh: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def change(
+    W: Tensor, back: End | None, kept: tuple[Tensor, ...], start: int, forth: End | None, workspace: Workspace
+) -> Changed:
+    """Rows of a weight changed where they lie, from the first of ``W`` on: ``back``, with the corrections ``kept`` by
+    ascending places from ``start`` on, gives what was there before, and ``forth`` what is to be there. None: nothing.
+    Ends before rows in which something stays in doubt, or which would have to be corrected too often.
+
+    ``W``: bfloat16 or float32 (both edits' dtypes), contiguous, on the CPU, of less than 2³¹ elements, at least one.
+    What undoes it is in memory of ``workspace``.
+    """
+    rows, cols = W.shape
+    high = min(rows, max(_ROWS, _AT_ONCE // cols // _ROWS * _ROWS))
+    size = high * cols
+    room, far_room = 2 * rows * cols // 5 + size + _FEW, size + _FAR
+    sizes = (
+        *(("base", size, W.dtype), ("out", size, W.dtype), ("small", size, torch.int8)),
+        *(("index", room, torch.int32), ("by", room, torch.int8)),
+        *((name, far_room, torch.int64) for name in ("far index", "far")),
+    )
+    base, out, small, *fresh = (workspace.take(f"changed {name}", n, dtype, _CPU) for name, n, dtype in sizes)
+    task = _Change(
+        W=W.data_ptr(), rows=rows, cols=cols, high=high, start=start, room=room, far_room=far_room,
+        base=base.data_ptr(), out=out.data_ptr(), small=small.data_ptr(), fresh=_kept(fresh, 0, 0),
+    )  # fmt: skip
+    if back is not None:
+        task.back, task.old = ctypes.pointer(back.fused.task(back.first)), _kept(kept, len(kept[0]), len(kept[2]))
+    if forth is not None:
+        task.forth = ctypes.pointer(forth.fused.task(forth.first))
+    done = _function(f"change_{_NAMES[W.dtype]}")(ctypes.byref(task))
+    near, far = task.fresh.count, task.fresh.far_count
+    found = fresh[0][:near], fresh[1][:near], fresh[2][:far], fresh[3][:far]
+    return Changed(done, (task.old.count, task.old.far_count), found)
+
+
+def _kept(tensors: Sequence[Tensor], near: int, far: int) -> _Kept:
+    index, by, far_index, far_by = (tensor.data_ptr() for tensor in tensors)
+    return _Kept(index, by, near, far_index, far_by, far)
 
 
 def _packed(right: Tensor) -> Tensor:
@@ -217,20 +308,22 @@ def _packed(right: Tensor) -> Tensor:
     return packed
 
 
-def sparse(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What is not 0 in each ``block`` elements, at most 65536, of ``x`` (int8, 1-D, contiguous, on the CPU): how many
-    (int64), and one after the other their places in the block (uint16) and values (int8)."""
-    blocks = -(-len(x) // block)
-    if library is None:
-        index = x.nonzero()[:, 0]
-        return torch.bincount(index // block, minlength=blocks), (index % block).to(torch.uint16), x[index]
-    counts = torch.empty(blocks, dtype=torch.int64)
-    # Of these, pages are touched only as far as they are filled.
-    offsets, values = (torch.empty(len(x) + 8, dtype=dtype) for dtype in (torch.uint16, torch.int8))
-    given = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (counts, offsets, values))
-    _function("sparse")(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_int64(block), *given)
-    found = int(counts.sum())
-    return counts, offsets[:found], values[:found]
+def places(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``x`` (int8, 1-D, contiguous, on the CPU, of less than 2³¹) is not 0 (int32, ascending), and its values
+    there (int8). Only where there is a ``library``."""
+    data, n = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x))
+    count = _function("count")(data, n)
+    index, values = (torch.empty(count + _FEW, dtype=dtype) for dtype in (torch.int32, torch.int8))
+    _function("places")(data, n, ctypes.c_void_p(index.data_ptr()), ctypes.c_void_p(values.data_ptr()))
+    return index[:count], values[:count]
+
+
+def move(x: Tensor, index: Tensor, by: Tensor, start: int) -> None:
+    """Moves the storage values of ``x``, of two or four bytes, at ``index``, counted from ``start``, each once, by so
+    many places (``rounding.ordered``). ``index`` and ``by``: int32 and int8, or both int64. All 1-D, contiguous, on
+    the CPU. Only where there is a ``library``."""
+    given = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, index, by))
+    _function(f"move_{8 * x.itemsize}_{8 * by.itemsize}")(*given, ctypes.c_int64(len(index)), ctypes.c_int64(start))
 
 
 def records(small: Tensor, raw: Tensor, wide: Tensor, block: int, into: Tensor) -> int:

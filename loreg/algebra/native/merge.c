@@ -572,15 +572,152 @@ INLINE int64_t gather(const int8_t *restrict x, int64_t n, uint16_t *restrict of
     return count;
 }
 
-/* Of each block of `block` bytes those that are not 0, one after the other, and how many there are. */
-void NAMED(loreg_sparse, LOREG_BYTES)(const int8_t *x, int64_t n, int64_t block, int64_t *counts, uint16_t *offsets,
-                                      int8_t *values)
+/* How many of n bytes are not 0. */
+int64_t NAMED(loreg_count, LOREG_BYTES)(const int8_t *x, int64_t n)
 {
-    for (int64_t first = 0; first < n; first += block) {
-        int64_t count = gather(x + first, first + block < n ? block : n - first, offsets, values);
-        *counts++ = count, offsets += count, values += count;
-    }
+    int64_t i = 0, count = 0;
+    for (; i + SPAN <= n; i += SPAN) count += __builtin_popcountll(filled(x + i));
+    for (; i < n; i++) count += x[i] != 0;
+    return count;
 }
+
+/* Those of n bytes that are not 0: how many, and their places, counted from `start`, and values, ascending, for which
+ * there is room, and for FEW more. */
+#define FEW 4
+INLINE int64_t listed(const int8_t *restrict x, int64_t n, int64_t start, int32_t *restrict index, int8_t *restrict values)
+{
+    int64_t i = 0, count = 0;
+    for (; i + SPAN <= n; i += SPAN) {
+        uint64_t mask = filled(x + i);
+        int64_t here = __builtin_popcountll(mask);
+        if (here == 0) continue;
+        /* always as many, which a processor foresees: where there are fewer, the last ones are written over */
+        for (int64_t k = 0; k < FEW || k < here; k++, mask &= mask - 1) {
+            int64_t at = i + __builtin_ctzll(mask | 1ull << 63) % SPAN;
+            index[count + k] = (int32_t)(start + at), values[count + k] = x[at];
+        }
+        count += here;
+    }
+    for (; i < n; i++)
+        if (x[i] != 0) index[count] = (int32_t)(start + i), values[count++] = x[i];
+    return count;
+}
+
+void NAMED(loreg_places, LOREG_BYTES)(const int8_t *x, int64_t n, int32_t *index, int8_t *values)
+{
+    listed(x, n, 0, index, values);
+}
+
+/* A storage value, by so many places. Those of float16 lie as those of bfloat16. */
+INLINE void moved(enum dtype dtype, void *words, int64_t at, int64_t by)
+{
+    int64_t to = place(dtype, raw(dtype, words, at)) + by, mask = dtype == BF16 ? 0x7fff : 0x7fffffff;
+    uint32_t word = (uint32_t)(to ^ ((to >> 63) & mask));
+    if (dtype == BF16) ((uint16_t *)words)[at] = (uint16_t)word;
+    else ((uint32_t *)words)[at] = word;
+}
+
+/* Moves n of them, each elsewhere, at places that are counted from `start`. */
+#define MOVE(NAME, DTYPE, INDEX, BY)                                                                                  \
+    void NAMED(NAME, LOREG_BYTES)(void *words, const INDEX *index, const BY *by, int64_t n, int64_t start)            \
+    {                                                                                                                 \
+        for (int64_t k = 0; k < n; k++) moved(DTYPE, words, index[k] - start, by[k]);                                 \
+    }
+
+MOVE(loreg_move_16_8, BF16, int32_t, int8_t)
+MOVE(loreg_move_16_64, BF16, int64_t, int64_t)
+MOVE(loreg_move_32_8, F32, int32_t, int8_t)
+MOVE(loreg_move_32_64, F32, int64_t, int64_t)
+
+/* ---- rows that are changed where they lie ---- */
+
+/* What undoes an edit in memory: corrections by ascending place, those beyond a byte apart. */
+struct kept { int32_t *index; int8_t *by; int64_t count, *far_index, *far, far_count; };
+
+/* Takes `back` out of rows of W, with what is kept of it in `old`, and applies `forth`, which is taken back by what is
+ * added to `fresh`: as far as that has room, of `room` corrections and `far_room` far ones. Either may be null. The
+ * places of `old` are counted from `start`. `base`, `out`, `small`: room for `high` rows. */
+struct change {
+    const struct task *back, *forth;
+    void *W;
+    int64_t rows, cols, high, start;
+    struct kept old, fresh;
+    int64_t room, far_room;
+    void *base, *out;
+    int8_t *small;
+};
+
+typedef int64_t pass(struct task *);
+
+/* `given`, from its row i on, of these rows; 0 where it leaves something in doubt. `looked` is carried on. */
+INLINE int passed(pass *run, const struct task *given, int64_t *looked, int64_t i, int64_t rows, const void *W, void *to,
+                  int8_t *small, struct wide *wide)
+{
+    struct task t = *given;
+    int64_t spent = i * t.cols / 128; /* as `few` in merge() has it, of all rows so far */
+    t.W = W, t.to = to, t.rows = rows, t.small = small, t.looked = *looked > spent ? *looked - spent : 0;
+    t.found.count = t.unsure.count = t.wide.count = 0;
+    t.L += i * t.r;
+    if (t.Lrest) t.Lrest += i * t.r;
+    if (t.Lsingle) t.Lsingle += i * t.r, t.margin += i;
+    if (run(&t) < rows || t.found.count || t.unsure.count) return 0;
+    *looked = t.looked + (*looked < spent ? *looked : spent);
+    *wide = t.wide;
+    return 1;
+}
+
+/* By ascending index (Shell's sort): few, or in runs that ascend. */
+static void arrange(int64_t *index, int64_t *by, int64_t n)
+{
+    for (int64_t gap = n / 2; gap > 0; gap /= 2)
+        for (int64_t i = gap; i < n; i++) {
+            int64_t at = index[i], value = by[i], k = i;
+            for (; k >= gap && index[k - gap] > at; k -= gap) index[k] = index[k - gap], by[k] = by[k - gap];
+            index[k] = at, by[k] = value;
+        }
+}
+
+/* Returns how many rows are changed. Those that follow are as they were, and `old.count` and `old.far_count` are of what
+ * belongs to those that are changed. */
+#define CHANGE(NAME, PASS, DTYPE, WORD)                                                                               \
+    int64_t NAMED(NAME, LOREG_BYTES)(struct change *c)                                                                \
+    {                                                                                                                 \
+        struct kept *old = &c->old, *fresh = &c->fresh;                                                               \
+        int64_t all = old->count, all_far = old->far_count, looked[2] = {0, 0}, i = 0;                                \
+        old->count = old->far_count = 0;                                                                              \
+        for (int64_t h; i < c->rows; i += h) {                                                                        \
+            h = c->rows - i < c->high ? c->rows - i : c->high;                                                        \
+            int64_t n = h * c->cols, start = i * c->cols, near = old->count, far = old->far_count;                    \
+            WORD *W = (WORD *)c->W + start, *last = W;                                                                \
+            struct wide wide;                                                                                         \
+            if (c->back) {                                                                                            \
+                WORD *base = last = c->base;                                                                          \
+                if (!passed(PASS, c->back, &looked[0], i, h, W, base, 0, &wide)) break;                               \
+                for (; near < all && old->index[near] - c->start < start + n; near++)                                 \
+                    moved(DTYPE, base, old->index[near] - c->start - start, old->by[near]);                           \
+                for (; far < all_far && old->far_index[far] - c->start < start + n; far++)                            \
+                    moved(DTYPE, base, old->far_index[far] - c->start - start, old->far[far]);                        \
+            }                                                                                                         \
+            if (c->forth) {                                                                                           \
+                if (fresh->count + n + FEW > c->room || fresh->far_count + n > c->far_room) break;                    \
+                if (!passed(PASS, c->forth, &looked[1], i, h, last, c->out, c->small, &wide)) break;                  \
+                arrange(wide.index, wide.by, wide.count);                                                             \
+                for (int64_t k = 0; k < wide.count; k++) {                                                            \
+                    c->small[wide.index[k]] = 0;                                                                      \
+                    fresh->far_index[fresh->far_count] = start + wide.index[k];                                       \
+                    fresh->far[fresh->far_count++] = wide.by[k];                                                      \
+                }                                                                                                     \
+                fresh->count += listed(c->small, n, start, fresh->index + fresh->count, fresh->by + fresh->count);    \
+                last = c->out;                                                                                        \
+            }                                                                                                         \
+            if (last != W) memcpy(W, last, n * sizeof *W);                                                            \
+            old->count = near, old->far_count = far;                                                                  \
+        }                                                                                                             \
+        return i < c->rows ? i : c->rows;                                                                             \
+    }
+
+CHANGE(loreg_change_bf16, NAMED(loreg_merge_bf16_bf16, LOREG_BYTES), BF16, uint16_t)
+CHANGE(loreg_change_f32, NAMED(loreg_merge_f32_f32, LOREG_BYTES), F32, uint32_t)
 
 /* The records of an undo journal [U3] for elements of `width` bytes, which are at `raw`, and their corrections `x`, of
  * which those that are UNSURE are in `wide`. Returns their bytes: at most those of `raw`, and four for each block. */

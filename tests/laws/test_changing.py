@@ -1,0 +1,131 @@
+"""Rows that are changed where they lie: from one edit to another, and back, whichever way it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loreg.algebra import LowRank, WeightedSum, changing, native
+from loreg.algebra.changing import Changing, Kept, Space
+from loreg.algebra.corrections import Corrections
+from loreg.algebra.passes import UNSURE
+from loreg.algebra.rounding import bits
+from loreg.errors import BadInput
+
+pytestmark = pytest.mark.usefixtures("engine")
+Pieces = list[tuple[int, int, Kept | None]]
+
+
+@pytest.fixture(params=[8, 2**16])
+def at_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Few or many elements at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_AT_ONCE", request.param)
+        patch.setattr(changing, "_CALL_ELEMENTS", 64 * request.param)
+        patch.setattr(changing, "_TILE_BYTES", {"cpu": 32 * request.param})
+        yield
+
+
+def change(W: torch.Tensor, pieces: Pieces, back: WeightedSum | None, forth: WeightedSum | None) -> Pieces:
+    """What undoes it; of a stack, rows are counted through all of it."""
+    space, done = Space(), Pieces()
+    rows = W.view(-1, W.shape[-1])
+    ends = [
+        edit and edit.prepare(W.shape, W.dtype, W.dtype, "cpu", residual=residual)
+        for edit, residual in ((back, False), (forth, True))
+    ]
+    changed = Changing(*ends, space)
+    for first, height, kept in reversed(pieces):
+        for step in changed.rows(rows[first : first + height], first, kept):
+            done.append((first, step.rows, step.fresh))
+            first += step.rows
+    assert sum(height for _, height, _ in done) == len(rows)
+    return done
+
+
+def corrections(W: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """Of all elements, 0 where nothing is to be corrected."""
+    found, columns = torch.zeros(W.numel(), dtype=torch.int64), W.shape[-1]
+    for first, _, kept in pieces:
+        assert isinstance(kept, Corrections)
+        for index, by in ((kept.index, kept.by), (kept.wide_index, kept.wide)):
+            assert bool((index.diff() > 0).all()), "in no order"
+            found[index.long() - kept.start + first * columns] = by.long()
+    return found.view(W.shape)
+
+
+def residual(W: torch.Tensor, edit: WeightedSum) -> torch.Tensor:
+    """The same by the tiles of a whole weight."""
+    small, out = torch.empty(W.shape, dtype=torch.int8), torch.empty_like(W)
+    rows = [x.view(-1, W.shape[-1]) for x in (W, out, small)]
+    outcome = edit.prepare(W.shape, W.dtype, W.dtype, "cpu", residual=True).tile(rows[0], 0, *rows[1:])
+    found = small.long().view(-1)
+    assert torch.equal((found == UNSURE).nonzero()[:, 0], outcome.index)
+    found[outcome.index] = outcome.wide
+    return found.view(W.shape)
+
+
+def _edit(shape: tuple[int, ...], rank: int, scale: float, random: torch.Generator) -> WeightedSum:
+    *stack, rows, columns = shape
+    left, right = (torch.randn(*stack, *size, generator=random) for size in ((rows, rank), (rank, columns)))
+    return WeightedSum((LowRank(left, right, scale),))
+
+
+@pytest.mark.usefixtures("at_once")
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]),
+    shape=st.one_of(
+        st.tuples(st.integers(1, 70), st.integers(1, 70)),
+        st.tuples(st.integers(1, 9), st.integers(500, 540)),
+        st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)),
+    ),
+    ranks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    scales=st.tuples(*[st.sampled_from([2.0**-9, 0.1, 1.0])] * 2),
+    seed=st.integers(0, 2**32),
+)
+def test_from_one_edit_to_another_and_back(
+    dtype: torch.dtype, shape: tuple[int, ...], ranks: tuple[int, int], scales: tuple[float, float], seed: int
+) -> None:
+    """Each time what a fresh edit of the base gives, with what its residual says, and the base at the end."""
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=random)
+    for factor in (0.0, -0.0, 2.0**-5, 2.0**-12):  # some small ones, which are corrected by much
+        values[torch.rand(shape, generator=random) < 0.05] *= factor
+    base = values.to(dtype)
+    one, two = (_edit(shape, rank, scale / rank, random) for rank, scale in zip(ranks, scales, strict=True))
+    W, height = base.clone(), base[..., 0].numel()
+    pieces = change(W, [(0, height, None)], None, one)
+    for now, then in ((two, one), (one, two)):
+        assert torch.equal(bits(W), bits(then.apply(base)))
+        if all(isinstance(kept, Corrections) for _, _, kept in pieces):
+            assert torch.equal(corrections(W, pieces), residual(base, then))
+        pieces = change(W, pieces, -then, now)
+    change(W, pieces, -one, None)
+    assert torch.equal(bits(W), bits(base))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.38e38])
+@pytest.mark.parametrize("row", [0, 37, 99])
+def test_what_is_refused_is_as_it_was(dtype: torch.dtype, value: float, row: int) -> None:
+    """And what goes before it is edited, and taken back."""
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(100, 7, generator=random).to(dtype)
+    base[row, 3] = value
+    edit = WeightedSum((LowRank(torch.full((100, 1), 1e30), torch.full((1, 7), 1e8), 1.0),))
+    plain = _edit((100, 7), 2, 0.1, random)
+    W, pieces, first = base.clone(), Pieces(), 0
+    prepared = (edit if value > 1e38 and value != float("inf") else plain).prepare(
+        W.shape, dtype, dtype, "cpu", residual=True
+    )
+    with pytest.raises(BadInput, match="element"):
+        for step in Changing(None, prepared, Space()).rows(W, 0, None):
+            pieces.append((first, step.rows, step.fresh))
+            first += step.rows
+    assert torch.equal(bits(W[first:]), bits(base[first:])) and first <= row
