@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("engine")
 Pieces = list[tuple[int, int, Kept | None]]
 
 
-@pytest.fixture(params=[8, 2**16])
-def at_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Few or many elements at a time."""
+@contextmanager
+def at_once(elements: int) -> Iterator[None]:
+    """In the cache, and 64 times as many in a call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_AT_ONCE", request.param)
-        patch.setattr(changing, "_CALL_ELEMENTS", 64 * request.param)
-        patch.setattr(changing, "_TILE_BYTES", {"cpu": 32 * request.param})
+        patch.setattr(native, "_AT_ONCE", elements)
+        patch.setattr(changing, "_CALL_ELEMENTS", 64 * elements)
+        patch.setattr(changing, "_TILE_BYTES", {"cpu": 32 * elements})
         yield
 
 
@@ -75,7 +76,6 @@ def _edit(shape: tuple[int, ...], rank: int, scale: float, random: torch.Generat
     return WeightedSum((LowRank(left, right, scale),))
 
 
-@pytest.mark.usefixtures("at_once")
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]),
@@ -86,12 +86,19 @@ def _edit(shape: tuple[int, ...], rank: int, scale: float, random: torch.Generat
     ),
     ranks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     scales=st.tuples(*[st.sampled_from([2.0**-9, 0.1, 1.0])] * 2),
+    sizes=st.lists(st.sampled_from([8, 64, 2**16]), min_size=4, max_size=4),
     seed=st.integers(0, 2**32),
 )
 def test_from_one_edit_to_another_and_back(
-    dtype: torch.dtype, shape: tuple[int, ...], ranks: tuple[int, int], scales: tuple[float, float], seed: int
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    ranks: tuple[int, int],
+    scales: tuple[float, float],
+    sizes: list[int],
+    seed: int,
 ) -> None:
-    """Each time what a fresh edit of the base gives, with what its residual says, and the base at the end."""
+    """Each time what a fresh edit of the base gives, with what its residual says, and the base at the end; however
+    much is changed at once."""
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=random)
     for factor in (0.0, -0.0, 2.0**-5, 2.0**-12):  # some small ones, which are corrected by much
@@ -99,21 +106,24 @@ def test_from_one_edit_to_another_and_back(
     base = values.to(dtype)
     one, two = (_edit(shape, rank, scale / rank, random) for rank, scale in zip(ranks, scales, strict=True))
     W, height = base.clone(), base[..., 0].numel()
-    pieces = change(W, [(0, height, None)], None, one)
-    for now, then in ((two, one), (one, two)):
+    with at_once(sizes[0]):
+        pieces = change(W, [(0, height, None)], None, one)
+    for now, then, size in ((two, one, sizes[1]), (one, two, sizes[2])):
         assert torch.equal(bits(W), bits(then.apply(base)))
         if all(isinstance(kept, Corrections) for _, _, kept in pieces):
             assert torch.equal(corrections(W, pieces), residual(base, then))
-        pieces = change(W, pieces, -then, now)
-    change(W, pieces, -one, None)
+        with at_once(size):
+            pieces = change(W, pieces, -then, now)
+    with at_once(sizes[3]):
+        change(W, pieces, -one, None)
     assert torch.equal(bits(W), bits(base))
 
 
-@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.38e38])
 @pytest.mark.parametrize("row", [0, 37, 99])
-def test_what_is_refused_is_as_it_was(dtype: torch.dtype, value: float, row: int) -> None:
+@pytest.mark.parametrize("size", [8, 2**16])
+def test_what_is_refused_is_as_it_was(dtype: torch.dtype, value: float, row: int, size: int) -> None:
     """And what goes before it is edited, and taken back."""
     random = torch.Generator().manual_seed(0)
     base = torch.randn(100, 7, generator=random).to(dtype)
@@ -124,7 +134,7 @@ def test_what_is_refused_is_as_it_was(dtype: torch.dtype, value: float, row: int
     prepared = (edit if value > 1e38 and value != float("inf") else plain).prepare(
         W.shape, dtype, dtype, "cpu", residual=True
     )
-    with pytest.raises(BadInput, match="element"):
+    with at_once(size), pytest.raises(BadInput, match="element"):
         for step in Changing(None, prepared, Space()).rows(W, 0, None):
             pieces.append((first, step.rows, step.fresh))
             first += step.rows
