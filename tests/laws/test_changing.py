@@ -19,12 +19,15 @@ from loreg.errors import BadInput
 
 pytestmark = pytest.mark.usefixtures("engine")
 Pieces = list[tuple[int, int, Kept | None]]
+WIDTHS = [width for width in (16, 32, 64) if width <= native.vector_bytes] or [0]
+"""Of vectors that this processor has."""
 
 
 @contextmanager
-def at_once(elements: int) -> Iterator[None]:
+def at_once(elements: int, width: int = WIDTHS[-1]) -> Iterator[None]:
     """In the cache, and 64 times as many in a call."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "vector_bytes", width)
         patch.setattr(native, "_AT_ONCE", elements)
         patch.setattr(changing, "_CALL_ELEMENTS", 64 * elements)
         patch.setattr(changing, "_TILE_BYTES", {"cpu": 32 * elements})
@@ -86,7 +89,7 @@ def _edit(shape: tuple[int, ...], rank: int, scale: float, random: torch.Generat
     ),
     ranks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     scales=st.tuples(*[st.sampled_from([2.0**-9, 0.1, 1.0])] * 2),
-    sizes=st.lists(st.sampled_from([8, 64, 2**16]), min_size=4, max_size=4),
+    ways=st.lists(st.tuples(st.sampled_from([8, 64, 2**16]), st.sampled_from(WIDTHS)), min_size=4, max_size=4),
     seed=st.integers(0, 2**32),
 )
 def test_from_one_edit_to_another_and_back(
@@ -94,7 +97,7 @@ def test_from_one_edit_to_another_and_back(
     shape: tuple[int, ...],
     ranks: tuple[int, int],
     scales: tuple[float, float],
-    sizes: list[int],
+    ways: list[tuple[int, int]],
     seed: int,
 ) -> None:
     """Each time what a fresh edit of the base gives, with what its residual says, and the base at the end; however
@@ -106,15 +109,15 @@ def test_from_one_edit_to_another_and_back(
     base = values.to(dtype)
     one, two = (_edit(shape, rank, scale / rank, random) for rank, scale in zip(ranks, scales, strict=True))
     W, height = base.clone(), base[..., 0].numel()
-    with at_once(sizes[0]):
+    with at_once(*ways[0]):
         pieces = change(W, [(0, height, None)], None, one)
-    for now, then, size in ((two, one, sizes[1]), (one, two, sizes[2])):
+    for now, then, way in ((two, one, ways[1]), (one, two, ways[2])):
         assert torch.equal(bits(W), bits(then.apply(base)))
         if all(isinstance(kept, Corrections) for _, _, kept in pieces):
             assert torch.equal(corrections(W, pieces), residual(base, then))
-        with at_once(size):
+        with at_once(*way):
             pieces = change(W, pieces, -then, now)
-    with at_once(sizes[3]):
+    with at_once(*ways[3]):
         change(W, pieces, -one, None)
     assert torch.equal(bits(W), bits(base))
 
