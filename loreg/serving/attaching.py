@@ -9,7 +9,6 @@ live.restore()
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 import math
@@ -20,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -195,34 +195,38 @@ class Live:
                     "restore the model first."
                 )
             self._originals.compare(ready, self._merged, self._check == "touched")
-            before = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
             if self._merged is not None:
                 self._merged.check(self._model)
-            was = self._merged, self._given, self._state
             terms = tuple((adapter.digest, adapter.weight) for adapter in ready.adapters)
-            whole = False
-
-            def back() -> None:
-                nonlocal whole
-                whole = True
 
             def told(merged: Merged) -> None:
                 sizes = merged.touched_bytes, merged.undo_bytes
                 state = State(expression, method, scale, terms, *sizes, self._state.changes + 1)
                 self._merged, self._given, self._state = merged, (scale, method, parameters), state
 
-            try:
-                if self._merged is None:
-                    ready.apply(told, back)
-                else:
-                    ready.replace(self._merged, told, back)
-            except BaseException:
-                self._merged, self._given, self._state = was
-                after = {edit.target.place.name: state_of(edit.target.place.tensor) for edit in ready.edits}
-                uncounted = any(edit.target.place.tensor.is_inference() for edit in ready.edits)
-                self._lost = not whole and (uncounted or after != before)  # the way back failed too
-                raise
+            change = ready.apply if self._merged is None else partial(ready.replace, self._merged)
+            self._or_as_it_was(ready, partial(change, told))
             return self._state
+
+    def _or_as_it_was(self, ready: Ready, change: Callable[[Callable[[], None]], object]) -> None:
+        """Where ``change`` fails, this says again what it said before; and that the model is lost, unless what is
+        given to it was called, which says that all parameters are as they were, or none was changed."""
+        was, whole = (self._merged, self._given, self._state), False
+        tensors = [edit.target.place.tensor for edit in ready.edits]
+        before = [state_of(tensor) for tensor in tensors]
+
+        def back() -> None:
+            nonlocal whole
+            whole = True
+
+        try:
+            change(back)
+        except BaseException:
+            self._merged, self._given, self._state = was
+            uncounted = any(tensor.is_inference() for tensor in tensors)
+            after = [state_of(tensor) for tensor in tensors]
+            self._lost = not whole and (uncounted or after != before)
+            raise
 
     def _prepared(self, expression: str, scale: float, method: str, parameters: Mapping[str, Any] | None) -> Ready:
         """What was prepared before, if it is of the same versions, and the model has the same tensors in the same
@@ -284,7 +288,7 @@ class _Guarded:
     def __init__(self, model: torch.nn.Module, readers: Readers, check: Callable[[], None]) -> None:
         self._model, self._readers, self._check = weakref.ref(model), readers, check
         self._own = model.__dict__.get("forward")  # of a model that torch compiled, or another program wrapped
-        functools.update_wrapper(self, self._own or type(model).forward)
+        update_wrapper(self, self._own or type(model).forward)
         with suppress(TypeError, ValueError):  # of what is no Python
             self.__signature__ = inspect.signature(model.forward)  # without the ``self`` of its class's
 

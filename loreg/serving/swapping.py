@@ -1,8 +1,8 @@
 """From one merge in a live model to another: what is taken out and what is merged in meet in one pass.
 
-Of a tensor that both change, rows are brought back to what the base has there, in the cache, and from that to what they
-are to be (``algebra.changing``). A row belongs to exactly one of the two merges at any time, so an error finds the way
-back by the same pass with the roles exchanged.
+Of a tensor that both change, rows are brought back to what the base has there, in the cache, and from that to what
+they are to be (``algebra.changing``). A row belongs to exactly one of the two merges at any time, so an error finds
+the way back by the same pass with the roles exchanged.
 """
 
 from __future__ import annotations
