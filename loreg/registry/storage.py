@@ -29,6 +29,8 @@ from loreg.registry.verified import Verified
 from loreg.store import BlobCache, BlobKey, Store, new_generation, pieces
 
 LEASE = timedelta(hours=1)
+_KNOWN = 100_000
+"""Blobs of which the place is remembered."""
 T = TypeVar("T")
 
 
@@ -71,6 +73,7 @@ class Storage:
         self.recorder = Recorder(database, store)
         self.strict = strict
         self._verified = Verified(database, strict)
+        self._whole: dict[Digest, BlobKey] = {}
 
     def writing(self) -> AbstractContextManager[Session]:
         """One transaction, alone among the writers; what it says of names and tags is in the store's ledger too when
@@ -131,15 +134,18 @@ class Storage:
     def key(self, digest: Digest) -> BlobKey:
         """Where the live copy lies. Raises NotFound."""
         with self.database.read() as session:
-            row = queries.find_blob(session, digest)
-            if row is None or row.state != "live":
-                raise NotFound(
-                    f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again."
-                )
-            return BlobKey(digest, row.generation)
+            generation = queries.live_generation(session, digest)
+        if generation is None:
+            raise NotFound(f"Blob {digest} is not in the store: restore it from a backup, or push its adapter again.")
+        return BlobKey(digest, generation)
 
     def read(self, digest: Digest) -> bytes:
         """All bytes of a blob, verified. Raises NotFound; BadInput if they are others, which then are put aside."""
+        if (known := self._whole.get(digest)) is not None:
+            with suppress(LoregError):
+                data = self.store.read(known, verify=False)
+                if Digest.of(data) == digest:
+                    return data
         key = self.key(digest)
         if self.store.path(key) is None:
             with suppress(OSError, CheckFailed):  # it may leave the cache before it is read, or find no room in it
@@ -149,6 +155,7 @@ class Storage:
         data = self.store.read(key, verify=False)
         if (found := Digest.of(data)) != digest:
             raise self._damaged(key, found)
+        self._note(key)
         return data
 
     def path(self, digest: Digest) -> Path:
@@ -156,6 +163,11 @@ class Storage:
 
         Raises NotFound, BadInput; CheckFailed if it has to be fetched, and the disk is full.
         """
+        if (known := self._whole.get(digest)) is not None:
+            there = self.store.path(known)
+            with suppress(NotFound):
+                if there is not None and self._verified.holds(digest, FileStamp.of(there)):
+                    return there
         key = self.key(digest)
         path = self.store.path(key)
         if path is None:
@@ -165,7 +177,16 @@ class Storage:
         found = self.found(digest, path)
         if found != digest:
             raise self._damaged(key, found)
+        self._note(key)
         return path
+
+    def _note(self, key: BlobKey) -> None:
+        """That a copy was whole. Whoever finds it so again need not ask the catalog, which takes longer than to look;
+        who does not, asks."""
+        if len(self._whole) >= _KNOWN:
+            self._whole.clear()
+        if self.store.path(key) is not None:
+            self._whole[key.digest] = key
 
     def _cached(self, key: BlobKey) -> Path:
         """The local copy of a blob that is elsewhere, fetched unless it is there and whole."""

@@ -99,7 +99,10 @@ class Versions:
 
         Raises NotFound naming what is near, UsageError for a malformed or ambiguous reference.
         """
-        row = self.find(reference)
+        return self.version(self.find(reference))
+
+    def version(self, row: VersionRow) -> Version:
+        """What ``resolve`` says of a row that was found. Raises NotFound, BadInput."""
         return Version(row.name, row.number, row.digest, _manifest(self.storage.read(row.digest)))
 
     def find(self, reference: str | Reference) -> VersionRow:

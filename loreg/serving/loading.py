@@ -18,6 +18,7 @@ from loreg.registry import Registry, Version
 from loreg.registry.inputs import choose_device, low_rank
 from loreg.serving import signals
 from loreg.serving.defaults import default_registry
+from loreg.serving.resolving import Resolver
 from loreg.serving.twins import in_thread
 from loreg.tensors import TORCH
 
@@ -55,10 +56,11 @@ def load(
     target = choose_device(device)
     loaded = {}
     with signals.default().time("load", device=target.type):
-        for path, terms in factors_of(registry, registry.resolve(reference), target, modules).items():
+        version = Resolver.of(registry).version(reference)
+        for path, terms in factors_of(registry, version, target, modules).items():
             delta = terms[0] if len(terms) == 1 else concatenate(terms, torch.float32)
-            A, B = (_converted(factor, dtype, f"{reference}: {path!r}") for factor in (delta.right, delta.left))
-            loaded[path] = A, B, delta.scale
+            label = reference, path
+            loaded[path] = _converted(delta.right, dtype, label), _converted(delta.left, dtype, label), delta.scale
     return loaded
 
 
@@ -160,12 +162,15 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _converted(factor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
-    """Contiguous, of ``dtype``, each value rounded once."""
+def _converted(factor: torch.Tensor, dtype: torch.dtype | None, label: tuple[str, str]) -> torch.Tensor:
+    """Contiguous, of ``dtype``, each value rounded once. ``label``: whose it is, and of which module."""
     if dtype is None or dtype == factor.dtype:
         return factor.contiguous()
     once = dtype in _ROUNDED_ONCE and (factor.dtype != torch.float64 or dtype == torch.float32)
     made = factor.to(dtype) if once else round_to(factor.double(), dtype)
     if dtype.itemsize <= factor.dtype.itemsize and not bool(finite(made).all()):
-        raise BadInput(f"{what} has a value that {dtype} cannot hold: load it with the dtype that is stored.")
+        reference, path = label
+        raise BadInput(
+            f"{reference}: {path!r} has a value that {dtype} cannot hold: load it with the dtype that is stored."
+        )
     return made.contiguous()

@@ -166,14 +166,15 @@ class Resolver:
             self._rows.popitem(last=False)
         return row
 
+    def version(self, reference: str) -> Version:
+        """What ``Registry.resolve`` says, as ``find`` does."""
+        return self._registry.version(self.find(reference))
+
     def statistics(self) -> Statistics:
         """Of all directories that are there; hits, misses and evictions are those of this."""
         entries, nbytes, used = self.directories.look()
         here = self.directories
         return Statistics(entries, nbytes, here.limit, used, self._hits, self._misses, here.evicted)
-
-    def _version(self, row: VersionRow) -> Version:
-        return self._registry.resolve(str(row.digest))
 
     def _at_hand(self, name: str) -> Record | None:
         """What was found whole in this process, and nobody has changed since."""
@@ -193,7 +194,7 @@ class Resolver:
         if record is None:
             how = "made"
             self._misses += 1
-            version = self._version(row)
+            version = self._registry.version(row)
             for limit in (max_bytes, self.directories.limit):
                 self._refuse_large(row, _least(version, form), limit)
             record = self.directories.make(
@@ -220,7 +221,7 @@ class Resolver:
         key, now = (row.digest, str(base)), _weights(base)
         if base == row.base_root or self._fits.get(key) == now:
             return
-        version = self._version(row)
+        version = self._registry.version(row)
         if isinstance(base, Digest):
             known = self._registry.bases.of_root(base)
             if known is None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ import loreg
 from loreg import serving
 from loreg.adapters.draft import RawTensor
 from loreg.algebra import delta
+from loreg.catalog import queries
+from loreg.digest import Digest
 from loreg.errors import BadInput, NotFound, Unsupported, UsageError
+from loreg.format.safetensors import TensorInfo
+from loreg.format.terms import LowRankTerm, TensorRef
 from loreg.merge import blobs
+from loreg.store import new_generation
 from loreg.tensors import TORCH, to_memory
 
 Q, V = tiny.Q, tiny.V
@@ -220,6 +226,52 @@ def test_a_file_that_is_cut_under_its_mapping(tmp_path: Path, size: int) -> None
         reader.tensor("two")
 
 
+def test_pages_are_brought_of_what_is_asked_for_and_in_one_call(
+    pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = list[tuple[int, int]]()
+    honest = blobs.MappedBlob._populate
+
+    def populate(self: Any, start: int, end: int, name: str) -> None:
+        brought.append((start, end))
+        honest(self, start, end, name)
+
+    monkeypatch.setattr(blobs.MappedBlob, "_populate", populate)
+    serving.load("sql", pushed)
+    path = blob_of(pushed, "sql")
+    ((start, end),) = brought
+    assert end == path.stat().st_size and 0 < start < end
+    brought.clear()
+    nbytes = sum(x.nbytes for A, B, _ in serving.load("sql", pushed, modules=["q_proj"]).values() for x in (A, B))
+    assert sum(end - start for start, end in brought) == nbytes
+
+
+def test_tensors_beside_each_other_are_one_run() -> None:
+    def info(name: str, start: int, end: int) -> TensorInfo:
+        return TensorInfo(name, "U8", (end - start,), start, end)
+
+    a, empty, b, c, d = info("a", 0, 4), info("empty", 4, 4), info("b", 4, 8), info("c", 12, 13), info("d", 13, 20)
+    assert list(blobs._neighbours([])) == list(blobs._neighbours([empty])) == []
+    assert list(blobs._neighbours([d, b, empty, a, b, c])) == [(a, b), (c, d)]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F32", (2, 6)), ("BF16", (6, 2)), ("BF16", (2, 6))])
+def test_a_tensor_that_is_not_as_the_manifest_has_it(tmp_path: Path, dtype: str, shape: tuple[int, int]) -> None:
+    """By what a factors blob was made of: a push stores none that differs, another tool may."""
+    A, B = tiny.tensor("BF16", np.ones((2, 6))), tiny.tensor("BF16", np.ones((4, 2)))
+    path = tmp_path / "blob"
+    path.write_bytes(tiny.container([("m.lora_A.0", A), ("m.lora_B.0", B)]))
+    reader = blobs.MappedBlob(path, blobs.Content())
+    digest = Digest.of(b"")
+    term = LowRankTerm(2, None, 1.0, TensorRef(dtype, shape, digest), TensorRef("BF16", (4, 2), digest))
+    if (dtype, shape) == ("BF16", (2, 6)):
+        (delta,) = reader.low_rank([("m", 0, term)], torch.device("cpu"))
+        assert delta.shape == (4, 6)
+        return
+    with pytest.raises(BadInput, match=r"has no tensor 'm.lora_A.0', \w+ of \[., .\], which its"):
+        reader.low_rank([("m", 0, term)], torch.device("cpu"))
+
+
 def test_a_file_that_is_cut_before_it_is_mapped(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(tiny.container([("one", tiny.tensor("F32", np.ones((4, 2048))))]))
@@ -279,6 +331,70 @@ def test_a_second_load_looks_at_no_value_again(pushed: loreg.Registry, monkeypat
     assert len(looked) == 4
     for path, (A, B, scale) in first.items():
         assert torch.equal(A, again[path][0]) and torch.equal(B, again[path][1]) and scale == again[path][2]
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as settled at once; otherwise a test would wait two seconds for its own."""
+    monkeypatch.setattr("loreg.checkpoint._SETTLED_NS", -(10**12))
+
+
+def test_a_second_load_asks_nothing_of_the_catalog(
+    pushed: loreg.Registry, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[object]()
+    honest = pushed.database.read
+    monkeypatch.setattr(pushed.database, "read", lambda: asked.append(None) or honest())
+    first = serving.load("sql", pushed)
+    assert asked
+    asked.clear()
+    assert serving.load("sql", pushed).keys() == first.keys() and not asked
+
+
+def test_a_load_is_of_what_the_reference_means_now(pushed: loreg.Registry, settled: None, tmp_path: Path) -> None:
+    """As another process moves it, removes it, collects it, and pushes it again."""
+    Qs = serving.load("sql", pushed)[Q]
+    with loreg.open(pushed.home) as other:
+        other.push(tiny.write_adapter(tmp_path / "v2", tiny.adapter(seed=7)), base="base", name="sql")
+        assert not torch.equal(serving.load("sql", pushed)[Q][0], Qs[0])
+        assert torch.equal(serving.load("sql:v1", pushed)[Q][0], Qs[0])
+        other.remove("sql:v1")
+        with pytest.raises(NotFound, match="trash"):
+            serving.load("sql:v1", pushed)
+        other.collect(grace=timedelta(0))
+        with pytest.raises(NotFound):
+            serving.load("sql:v1", pushed)
+        other.push(tmp_path / "sql", base="base", name="again")
+        assert torch.equal(serving.load("again", pushed)[Q][0], Qs[0])
+
+
+@pytest.mark.parametrize("role", ["manifest", "factors"])
+@pytest.mark.parametrize("change", ["moved", "gone", "other bytes"])
+def test_a_blob_that_is_not_where_it_was(pushed: loreg.Registry, settled: None, role: str, change: str) -> None:
+    """The place that a process remembers is one to look at first, and what lies there is believed for its bytes."""
+    version = pushed.resolve("sql")
+    blob = version.manifest.blob("factors")
+    assert blob is not None
+    digest = blob.digest if role == "factors" else version.digest
+    expected = serving.load("sql", pushed)[Q]
+    path = pushed.storage.store.path(pushed.storage.key(digest))
+    assert path is not None
+    data = path.read_bytes()
+    if change == "moved":  # as a repair writes another copy, and puts the one that was there aside
+        generation = new_generation()
+        pushed.storage.store.put(digest, generation, [data])
+        with pushed.storage.writing() as session:
+            found = queries.find_blob(session, digest)
+            assert found is not None
+            found.generation = generation
+        path.unlink()
+        assert torch.equal(serving.load("sql", pushed)[Q][0], expected[0])
+        return
+    path.unlink()
+    if change == "other bytes":
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(BadInput if change == "other bytes" else NotFound, match=r"corrupt|not in the store"):
+        serving.load("sql", pushed)
 
 
 class Event:
