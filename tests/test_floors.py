@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,11 @@ def test_files_stay_readable(path: Path) -> None:
         ("loreg.integrations.dynamo", "torch sqlalchemy"),
         ("loreg.integrations.vllm", "torch sqlalchemy vllm"),
         ("loreg.search", "torch sqlalchemy scipy numpy"),
+        ("loreg.serving", "torch sqlalchemy numpy prometheus_client"),
+        ("loreg.serving.preflight", "torch huggingface_hub"),
+        ("loreg.serving.pushing", "torch huggingface_hub"),
+        ("loreg.serving.resolving", "torch huggingface_hub"),
+        ("loreg.serving.watching", "torch huggingface_hub numpy"),
         ("loreg.cli", "torch sqlalchemy huggingface_hub numpy rich alembic"),
     ],
 )
@@ -130,3 +136,45 @@ def test_imports_are_light(module: str, unwanted: str) -> None:
     probe = f"import sys, {module}; print(*sorted(set({unwanted.split()!r}) & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["loreg", "loreg.serving"])
+def test_what_is_loaded_when_it_is_used_is_what_types_say(package: str) -> None:
+    """The names that a light package promises, where it finds them, and where a type checker does, are the same."""
+    module = import_module(package)
+    tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    lines = (node for node in typed.body if isinstance(node, ast.ImportFrom))
+    seen = {alias.name: line.module for line in lines for alias in line.names}
+    assert seen == module._HOMES
+    assert set(seen) == set(module.__all__) - {"__version__", "signals"}
+    assert module.__all__ == sorted(module.__all__) == dir(module)
+    for name, home in seen.items():
+        assert getattr(module, name) is getattr(import_module(home), name)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'absent'"):
+        _ = module.absent
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import loreg.serving",
+        "import loreg.serving.preflight, loreg.serving.unmerged",
+        "from loreg.serving.preflight import limits_of; from loreg.serving.unmerged import Unmerged",
+        "from loreg.serving import pushing, packing, caching, attaching",
+        "from loreg.serving import *; assert callable(preflight) and callable(unmerged)",
+        "import importlib as i; [i.import_module(f'loreg.serving.{name}') for name in ('unmerged', 'preflight')]",
+    ],
+)
+def test_of_a_module_and_a_function_of_one_name_the_function_is_meant(first: str) -> None:
+    probe = f"""{first}
+import sys
+import loreg.serving
+from loreg.serving import preflight, signals, unmerged
+for name, found in {{"preflight": preflight, "unmerged": unmerged}}.items():
+    module = sys.modules["loreg.serving." + name]
+    assert found is getattr(module, name) is getattr(loreg.serving, name)
+    assert type(found).__name__ == "function", found
+assert loreg.serving.signals is sys.modules["loreg.serving.signals"] is signals
+"""
+    subprocess.run([sys.executable, "-c", probe], check=True)

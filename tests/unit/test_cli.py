@@ -721,7 +721,7 @@ for line in sys.argv[1:]:
         (["--help", "--version", "base --help", "merge --help", "sync push --help"], set()),
         (["base add tiny", "base ls", "ls", "show sql", "log sql", "tag sql best"], {"sqlalchemy"}),
         (["push sql --base tiny --name other"], {"sqlalchemy", "numpy"}),
-        (["export sql --out given"], {"sqlalchemy", "numpy"}),
+        (["export sql --out given", "preflight sql --engine vllm"], {"sqlalchemy", "numpy"}),
     ],
 )
 def test_nothing_heavy_is_imported_without_need(stocked, commands, allowed):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -348,6 +351,19 @@ def test_what_is_pushed_is_counted(pushed: loreg.Registry) -> None:
     timings = {series: timing for series, timing in counted.snapshot().timings.items() if series.name == "push"}
     found = {dict(series.labels)["outcome"]: timing.count for series, timing in timings.items()}
     assert found == {"loaded": 1, "failed": 1}
+
+
+def test_no_torch_is_imported_to_push(pushed: loreg.Registry) -> None:
+    code = """
+import sys
+from loreg import serving
+serving.push("sql", "vllm", sys.argv[1])
+assert "torch" not in sys.modules
+"""
+    with engine_servers.serving(VLLM()) as engine:
+        environment = {**os.environ, "LOREG_HOME": str(pushed.home)}
+        subprocess.run([sys.executable, "-c", code, engine.url], env=environment, check=True)
+        assert list(engine.held) == ["sql"]
 
 
 def test_the_command_line(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
