@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+from loreg.algebra.beside import Beside
 from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.edits import WeightedSum
-from loreg.algebra.forms import Term, edit_of
+from loreg.algebra.forms import Term, beside_of, edit_of
 from loreg.checkpoint import FileStamp, Shard, StoredTensor, open_binary, read_exactly, reading
 from loreg.digest import Digest
-from loreg.errors import BadInput
+from loreg.errors import BadInput, Unsupported
 from loreg.format.manifest import AdapterManifest
 from loreg.format.module import IN_OUT
 from loreg.format.reference import format_weight
@@ -84,7 +85,7 @@ class AdapterInput:
         edit = WeightedSum()
         for index, term in enumerate(module.terms):
             if isinstance(term, LowRankTerm):
-                (delta,) = self._factors.low_rank([(path, index, term)], device)
+                delta = self._low_rank(path, index, term, device)
                 edit += WeightedSum((delta.mT if turned else delta,))
             else:
                 found = self._formed(term, out_in, (lambda: base().mT) if turned else base, device)
@@ -104,6 +105,32 @@ class AdapterInput:
         found = {path: tuple(islice(deltas, len(terms))) for path, terms in placed.items()}
         turned = [path for path in found if self.manifest.modules[path].orientation == IN_OUT]
         return found | {path: tuple(delta.mT for delta in found[path]) for path in turned}
+
+    def beside(self, path: str, base: Base, device: torch.device = CPU) -> Beside:
+        """What ``weight_edit`` does to the weight, as what it adds to the outputs of the layer: (out, in).
+
+        ``base`` is as there, and asked by DoRA. Raises Unsupported, naming the module, for what is no such addition.
+        """
+        module = self.manifest.modules[path]
+        out_in, turned = (module.out_features, module.in_features), module.orientation == IN_OUT
+        found = Beside()
+        try:
+            if module.kind == "vector":
+                raise Unsupported("it is no matrix")
+            for index, term in enumerate(module.terms):
+                if isinstance(term, LowRankTerm):
+                    found += Beside((self._low_rank(path, index, term, device),))
+                else:
+                    given = self._term(term, out_in, (lambda: base().mT) if turned else base, device)
+                    found += beside_of(term.form, given).scaled(term.weight)
+        except Unsupported as error:
+            raise Unsupported(
+                f"{self.label} changes {path!r} by what cannot be added to its outputs ({error}), nor served beside "
+                "other adapters: merge it into a model of its own."
+            ) from error
+        except BadInput as error:
+            raise BadInput(f"{self.label}: {path!r}: {error}") from error
+        return found
 
     def bias_edit(self, path: str, base: Base, device: torch.device = CPU) -> WeightedSum:
         """What the module at ``path`` does to its bias (out,), unweighted, on ``device``."""
@@ -128,9 +155,16 @@ class AdapterInput:
                 raise BadInput(f"{self.label} has factors for the vector of {path!r}: expected numbers.")
         return edit
 
+    def _low_rank(self, path: str, index: int, term: LowRankTerm, device: torch.device) -> LowRank:
+        (delta,) = self._factors.low_rank([(path, index, term)], device)
+        return delta
+
     def _formed(self, term: FormTerm, out_in: tuple[int, int], base: Base, device: torch.device) -> WeightedSum:
+        return edit_of(term.form, self._term(term, out_in, base, device)).scaled(term.weight)
+
+    def _term(self, term: FormTerm, out_in: tuple[int, int], base: Base, device: torch.device) -> Term:
         tensors = {role: self._factors.tensor(ref.content_name).to(device) for role, ref in term.tensors.items()}
-        return edit_of(term.form, Term(tensors, term.parameters, term.scale, out_in, base)).scaled(term.weight)
+        return Term(tensors, term.parameters, term.scale, out_in, base)
 
     def full_file(self, name: str) -> Path:
         """The blob of a replaced tensor: a safetensors file that holds it alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -76,6 +77,17 @@ def recipe_inputs(registry: Registry, recipe: Recipe) -> list[AdapterInput]:
     return [adapter_input(registry, registry.resolve(str(term.adapter)), term.value) for term in recipe.terms]
 
 
+def verified(adapter: AdapterInput, device: torch.device) -> AdapterInput:
+    """The same, its factors brought by ``merge.blobs``: on a CPU as views of a blob, else streamed to ``device``."""
+    blob = adapter.manifest.blob("factors")
+    if blob is None:
+        return adapter
+    content = content_of(blob.digest)
+    if device.type == "cpu":
+        return replace(adapter, open_factors=partial(MappedBlob, content=content))
+    return replace(adapter, open_factors=partial(StreamedBlob, content=content, device=device))
+
+
 def low_rank(
     registry: Registry, version: Version, device: torch.device, paths: Iterable[str]
 ) -> Iterator[tuple[str, tuple[LowRank, ...]]]:
@@ -88,13 +100,7 @@ def low_rank(
     if blob is None:
         return
     blobs = {blob.digest: registry.storage.path(blob.digest)}
-    content = content_of(blob.digest)
-    open_factors = (
-        partial(MappedBlob, content=content)
-        if device.type == "cpu"
-        else partial(StreamedBlob, content=content, device=device)
-    )
-    adapter = AdapterInput(str(version), 1.0, version.digest, version.manifest, blobs, open_factors)
+    adapter = verified(AdapterInput(str(version), 1.0, version.digest, version.manifest, blobs), device)
     paths = list(paths)
     plain = adapter.plain(paths, device)
     for path in paths:

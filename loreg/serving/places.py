@@ -56,16 +56,23 @@ class Place:
 
     def check(self) -> None:
         """Raises Unsupported for what is no plain memory of numbers on a CPU or CUDA device."""
+        self.check_device()
         tensor, kind = self.tensor, type(self.tensor)
-        if tensor.device.type not in ("cpu", "cuda"):
-            reason = f"is on the device {tensor.device}, and 'cpu' or 'cuda' is expected: load the weights first"
-        elif kind not in _PLAIN:
+        if kind not in _PLAIN:
             reason = f"is a {kind.__name__}, a part of a tensor or a quantised one: expected a plain parameter"
         elif tensor.layout != torch.strided or not tensor.is_contiguous():
             reason = "is not contiguous in memory: make it so first (.contiguous())"
         else:
             return
         raise Unsupported(f"{self.name!r} of the model {reason}.")
+
+    def check_device(self) -> None:
+        """Raises Unsupported for another device than a CPU or CUDA's."""
+        if self.tensor.device.type not in ("cpu", "cuda"):
+            raise Unsupported(
+                f"{self.name!r} of the model is on the device {self.tensor.device}, and 'cpu' or 'cuda' is expected: "
+                "load the weights first."
+            )
 
 
 def config_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -97,10 +104,11 @@ Layout = dict[str, tuple[object, ...]]
 def layout_of(model: torch.nn.Module) -> Layout:
     """Which tensors the model has, where they lie, and how: another one where something was put in a tensor's place,
     moved, converted or tied."""
-    return {name: (id(tensor), *_lie(tensor)) for name, tensor in tensors_of(model).items()}
+    return {name: (id(tensor), *lie(tensor)) for name, tensor in tensors_of(model).items()}
 
 
-def _lie(tensor: torch.Tensor) -> tuple[object, ...]:
+def lie(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where it is in memory, and how."""
     if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
         return (type(tensor),)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

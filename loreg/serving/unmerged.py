@@ -5,7 +5,8 @@
             model.generate(**batch)
 
 Each adapted layer adds s·B(Ax) to its output: one product of a batch of matrices with the factors of each row's
-adapter (``torch.bmm``), whatever adapters the rows mix. Weights are neither copied nor written.
+adapter (``torch.bmm``), whatever adapters the rows mix. DoRA scales the output of the base too, by a number for each
+channel that is known beforehand, and a trained bias shifts it. Weights are neither copied nor written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from loreg.errors import UsageError
 from loreg.registry import Registry
 from loreg.serving.defaults import default_registry
 from loreg.serving.live import Check
-from loreg.serving.sites import Site, sites
+from loreg.serving.sites import Chosen, Site, sites
 from loreg.serving.twins import in_thread
 
 Row = int | str | None
@@ -34,23 +36,25 @@ Row = int | str | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """The adapters of the rows of a batch, -1 for none; and these as indices into the factors of a layer."""
+    """The adapters of the rows of a batch, -1 for none; and what that means for a layer."""
 
     adapters: tuple[int, ...]
-    _indices: dict[tuple[tuple[int, ...], torch.device], Tensor | None] = field(default_factory=dict)
+    _chosen: dict[tuple[object, ...], Chosen | None] = field(default_factory=dict)
 
-    def index(self, site: Site) -> Tensor | None:
-        """Of each row, on the device of the layer; None where it adds nothing to any."""
-        key = site.slots, site.A.device
-        if key not in self._indices:
-            slots = [site.slots[adapter] for adapter in self.adapters]
-            served = any(slot != site.slots[-1] for slot in slots)
-            self._indices[key] = torch.tensor(slots, device=site.A.device) if served else None
-        return self._indices[key]
+    def of(self, site: Site) -> Chosen | None:
+        """None where it adds nothing to any. Made once for layers that have factors of the same adapters."""
+        key = site.slots, site.bends, site.A.device
+        if key not in self._chosen:
+            self._chosen[key] = site.choose(self.adapters)
+        return self._chosen[key]
 
 
 _ROWS: ContextVar[Mapping[int, _Rows]] = ContextVar("loreg_rows", default={})  # noqa: B039 - never written to
 """By the ``id`` of an ``Unmerged`` that is entered. Of a context: threads and tasks that share a model do not mix."""
+
+
+_SCALED: WeakKeyDictionary[torch.nn.Module, Unmerged] = WeakKeyDictionary()
+"""Layer → the one that scales its outputs, where one that is entered does."""
 
 
 def unmerged(
@@ -76,12 +80,27 @@ def unmerged(
     of two), and an output once to its own dtype. What None serves is the base's own output, and a weight that two
     layers share is adapted in those layers that the adapter adapts.
 
+    *DoRA* (Liu et al. 2024, arXiv 2402.09353, eq. 5). With y the base's output and b its bias, a row gets
+    g∘(y - b) + b + s·g∘B(Ax), g = m / ‖W + sBA‖ of rows: what merged weights give, also of a composed version, with
+    several terms at any weights. The norms are computed here in float64, by blocks of W as the model has it now; g is
+    rounded once, to float32 or to ``dtype`` if that is wider, and multiplied in it. What the base has rounded of y is
+    scaled with it. *Biases*: one that is added to the layer's, and one that takes its place, of a
+    ``torch.nn.LayerNorm`` of one dimension too, are added to the output, in float32 or wider. Rows of other adapters,
+    and of none, are to the bit what they are without such beside them.
+
+    What was read of the model, the weight for a norm, the bias that is replaced or not scaled, has to stay as it is:
+    to enter, and a row for which it counts, raises Conflict where it is another parameter by now, or was changed, as
+    torch counts that (a change by way of memory that is shared is not counted, nor one of inference tensors). Such
+    rows are served again once the old state is back, as ``attach`` brings it. Of several that are entered one may
+    scale a layer.
+
     Under ``torch.compile`` the graph breaks at each layer that is adapted; outputs stay right.
 
     Raises NotFound, UsageError, BaseMismatch for a model of another base; BadInput for a tensor of an adapter that
-    the model has no place for; Unsupported, naming it, for what is no sum of two factors' products (DoRA, LoHa,
-    convolutions, trained biases, replaced tensors) and for layers of other classes (experts, attention that reads
-    its weights itself), before any layer is changed.
+    the model has no place for, and for DoRA of a row of zeros; Unsupported, naming it, for what is neither a sum of
+    two factors' products nor DoRA of one with norms of outputs (LyCORIS' norms of inputs, rotations, (IA)³,
+    convolutions, weights that are replaced) and for layers of other classes (experts, attention that reads its
+    weights itself), before any layer is changed.
     """
     registry = registry or default_registry()
     if check not in ("touched", "none"):
@@ -103,16 +122,25 @@ class Unmerged:
 
     @property
     def nbytes(self) -> int:
-        """Of all factors on their devices."""
-        return sum(site.A.nbytes + site.B.nbytes for site in self._sites)
+        """Of all factors on their devices, and of what scales and shifts."""
+        return sum(site.nbytes for site in self._sites)
 
     def __enter__(self) -> Unmerged:
         if self._hooks:
             raise UsageError("These adapters are served by their model already: enter them once, for all threads.")
+        for site in self._sites:
+            site.check()
         try:
             for site in self._sites:
+                if site.scales and _SCALED.setdefault(site.module, self) is not self:
+                    raise UsageError(
+                        f"{site.name!r} is served by another serving.unmerged with DoRA there, and this one's would "
+                        "scale what that adds: load the adapters of both together."
+                    )
                 hook = partial(self._hook, site)
-                self._hooks.append(site.module.register_forward_hook(hook, with_kwargs=True))
+                # What is scaled is what the layer gives, before others add to it.
+                added = site.module.register_forward_hook(hook, with_kwargs=True, prepend=site.scales)
+                self._hooks.append(added)
         except BaseException:
             self._remove()
             raise
@@ -126,6 +154,9 @@ class Unmerged:
     def _remove(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+        for site in self._sites:
+            if _SCALED.get(site.module) is self:
+                del _SCALED[site.module]
 
     @contextmanager
     def rows(self, rows: Sequence[Row]) -> Iterator[None]:
@@ -169,7 +200,5 @@ class Unmerged:
                 "`with mixed.rows([…])`, in the same thread."
             )
         (x,) = (*args, *kwargs.values())  # these layers have one argument, whatever it is called
-        index = rows.index(site)
-        if index is None:
-            return output
-        return site.add(x, output, index)
+        chosen = rows.of(site)
+        return output if chosen is None else site.add(x, output, chosen)

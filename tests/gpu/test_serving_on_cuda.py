@@ -14,6 +14,9 @@ from loreg.merge import blobs
 from loreg.serving.packing import Layout
 from tests.unit.packing_cases import push
 from tests.unit.test_unmerged import Net, ids
+from tests.unit.test_unmerged_dora import BENT, Served, served
+
+__all__ = ["served"]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,3 +62,13 @@ def test_rows_are_served_on_the_device(pushed: loreg.Registry) -> None:
             found.append(model(batch.to(device)))
     here, there = found
     assert there.is_cuda and (there.cpu() - here).abs().max() <= 1e-12 * here.abs().max()
+
+
+def test_rows_with_dora_and_trained_biases_are_served_on_the_device(served: Served) -> None:
+    rows: list[str | None] = [*BENT, None, "sql"]
+    model, batch = Net(tiny.model()).to("cuda"), ids(len(rows))
+    mixed = serving.unmerged(model, rows, served.registry, check="none")
+    with torch.inference_mode(), mixed, mixed.rows(rows):
+        there = model(batch.to("cuda"))
+    expected = served.expected(rows, batch)
+    assert there.is_cuda and (there.cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()

@@ -334,8 +334,6 @@ def test_an_embedding_that_is_given_one_row_for_all(served: loreg.Registry) -> N
 def strange(served: loreg.Registry, tmp_path: Path) -> Iterator[loreg.Registry]:
     rng = np.random.default_rng(9)
     plain = tiny.adapter()
-    biased = {Q: plain[Q]._replace(bias=tiny.normal(rng, "F32", 8))}
-    served.push(tiny.write_adapter(tmp_path / "biased", biased, lora_bias=True), base="base", name="biased")
     full = {"lm_head.weight": tiny.normal(rng, "BF16", 10, 6)}
     served.push(tiny.write_adapter(tmp_path / "full", plain, full=full), base="base", name="full")
     yield served
@@ -349,7 +347,6 @@ def test_what_cannot_be_served_is_refused_by_name(strange: loreg.Registry) -> No
             serving.unmerged(model, references, strange, **{"check": "none", **options})
         assert not any(module._forward_hooks for module in model.modules())
 
-    refused(Unsupported, r"biased:v1 adapts the bias '.*q_proj.bias'", "sql", "biased")
     refused(Unsupported, r"full:v1 replaces 'lm_head.weight'", "sql", "full")
     refused(NotFound, "nothing", "nothing")
     refused(UsageError, "'all' is not a kind of check", "sql", check="all")

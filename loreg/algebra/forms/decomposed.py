@@ -5,10 +5,13 @@ Under ``loreg-f64-1``, as it takes norms of the edited weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from loreg.algebra.delta import Dense
+from loreg.algebra.beside import Beside
+from loreg.algebra.delta import Dense, LowRank
 from loreg.algebra.densify import dense_delta
 from loreg.algebra.edits import WeightedSum
 from loreg.algebra.ordered import total
@@ -16,6 +19,8 @@ from loreg.algebra.roots import square_root
 from loreg.errors import BadInput, Unsupported
 
 _BLOCK_ELEMENTS = 2**20
+_NORM_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
+"""Of W, whose norms are taken together: 2 MiB of float64, in cache; with 8 it took 8 times as long."""
 
 
 @torch.no_grad()
@@ -55,11 +60,8 @@ def decompose(edit: WeightedSum, W: Tensor, magnitude: Tensor, axis: str, epsilo
     """
     if W.ndim != 2:
         raise Unsupported(f"DoRA is defined for matrices, found a weight of shape {tuple(W.shape)}.")
+    _check_count(magnitude, W, axis)
     n, (out, into) = magnitude.numel(), W.shape
-    if n == 0 or (n != out if axis == "out" else into % n):
-        raise BadInput(
-            f"DoRA's magnitude along {axis!r} has {n} numbers, which does not fit a weight of shape {tuple(W.shape)}."
-        )
     V = torch.zeros(W.shape, dtype=torch.float64, device=W.device) if edit.shape is None else dense_delta(edit)
     rows = max(1, _BLOCK_ELEMENTS // max(1, into))
     for start in range(0, out, rows):
@@ -70,15 +72,59 @@ def decompose(edit: WeightedSum, W: Tensor, magnitude: Tensor, axis: str, epsilo
     return WeightedSum(dense=(Dense(V, 1.0), Dense(W, -1.0)))
 
 
+@torch.no_grad()
+def beside(edit: WeightedSum, W: Tensor, magnitude: Tensor, epsilon: float) -> Beside:
+    """What :func:`decompose` along "out" makes of W, as what it adds to the outputs Wx of a layer, with D = Σ c·BA:
+    W' - W = diag(g - 1)·W + Σ c·(g∘B)A, g = m / (‖V‖ + ε).
+
+    Not in a stated order: in float64, as a library's product and sum have it, so that g is off by at most about
+    (in + 2r)·2⁻⁵³·(‖|W| + Σ|c||B||A|‖ / ‖V‖)², of itself. By blocks of W, of which no copy is made: about 5 MiB on a
+    CPU, 80 on a CUDA device. Raises what ``decompose`` does.
+    """
+    _check_count(magnitude, W, "out")
+    m = magnitude.double().reshape(-1)
+    g = m / _nonzero(square_root(_squares(edit.low_rank, W)) + epsilon, 0, "out")
+    scaled = (LowRank(g[:, None] * delta.left.double(), delta.right, delta.scale) for delta in edit.low_rank)
+    return Beside(tuple(scaled), g - 1)
+
+
+def _squares(low_rank: Sequence[LowRank], W: Tensor) -> Tensor:
+    """Of the norms of the rows of W + D: (out,), float64."""
+    factors = [(delta.scale * delta.left.double(), delta.right.double()) for delta in low_rank]
+    found = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    whole, along = slice(None), int(W.stride(0) < W.stride(1))  # blocks of what lies together
+    step = max(1, _NORM_ELEMENTS[W.device.type] // W.shape[1 - along])
+    for start in range(0, W.shape[along], step):
+        rows, columns = (whole, slice(start, start + step)) if along else (slice(start, start + step), whole)
+        V = W[rows, columns].to(torch.float64, copy=True)
+        for left, right in factors:
+            V.addmm_(left[rows], right[:, columns])
+        found[rows] += V.square_().sum(1)
+    return found
+
+
+def _check_count(magnitude: Tensor, W: Tensor, axis: str) -> None:
+    n, (out, into) = magnitude.numel(), W.shape
+    if n == 0 or (n != out if axis == "out" else into % n):
+        raise BadInput(
+            f"DoRA's magnitude along {axis!r} has {n} numbers, which does not fit a weight of shape {tuple(W.shape)}."
+        )
+
+
+def _nonzero(norm: Tensor, first: int, axis: str) -> Tensor:
+    """The norms of groups from the ``first``. Raises BadInput for a zero."""
+    if bool((norm == 0).any()):
+        group = first + int((norm == 0).nonzero()[0])
+        raise BadInput(
+            f"group {group} along {axis!r} of W + D is zero, and has no direction: DoRA is not defined for it."
+        )
+    return norm
+
+
 def _rescale(groups: Tensor, magnitude: Tensor, axis: str, epsilon: float) -> None:
     """Gives each of ``groups`` its norm, in place."""
     step = max(1, _BLOCK_ELEMENTS // max(1, groups[0].numel()))
     for start in range(0, len(groups), step):
         block = groups[start : start + step]
-        norm = square_root(total((block * block).flatten(1), 1)) + epsilon
-        if bool((norm == 0).any()):
-            group = start + int((norm == 0).nonzero()[0])
-            raise BadInput(
-                f"group {group} along {axis!r} of W + D is zero, and has no direction: DoRA is not defined for it."
-            )
+        norm = _nonzero(square_root(total((block * block).flatten(1), 1)) + epsilon, start, axis)
         block *= (magnitude[start : start + step] / norm)[:, None, None]
