@@ -88,7 +88,7 @@ def factors_of(
     if biased := [path for path in paths if manifest.modules[path].bias_terms]:
         raise Unsupported(
             f"{version} has a trained bias at {biased[0]!r}{_more(biased)}, which is no product of two factors: "
-            "merge it, or name other modules (modules=[…])."
+            "merge it, serve it unmerged (serving.unmerged), or name other modules (modules=[…])."
         )
     for name, tie in manifest.ties.items():
         if not tie.untied and tie.to in tensors:
