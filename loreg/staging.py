@@ -117,7 +117,7 @@ def _empty(folder: Path) -> None:
 
 
 def _put(folder: Path, out: Path) -> None:
-    _flush(folder)
+    sync_one(folder)
     try:
         with suppress(FileNotFoundError):
             out.rmdir()
@@ -127,14 +127,15 @@ def _put(folder: Path, out: Path) -> None:
             raise Conflict(f"{out} was written by another process meanwhile: choose another directory.") from error
         raise
     try:
-        _flush(out.parent)
+        sync_one(out.parent)
     except OSError:
         # Not known to be on the disk: taken back, as an error is to mean that nothing is there.
         out.rename(folder)
         raise
 
 
-def _flush(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -146,5 +147,5 @@ def sync_tree(folder: Path) -> None:
     """Flush every file and directory under ``folder`` to the disk."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(parent) / name)
-        _flush(Path(parent))
+            sync_one(Path(parent) / name)
+        sync_one(Path(parent))

@@ -33,7 +33,11 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "methods": "loreg.cli.merging:list_methods",
         "verify": "loreg.cli.merging:verify",
     },
-    "Serving": {"preflight": "loreg.cli.serving:preflight", "serve-push": "loreg.cli.pushing:serve_push"},
+    "Serving": {
+        "preflight": "loreg.cli.serving:preflight",
+        "serve-push": "loreg.cli.pushing:serve_push",
+        "held": "loreg.cli.pushing:held",
+    },
     "Sharing": {"sync": "loreg.cli.sharing:sync"},
     "Store": {
         "rm": "loreg.cli.storing:rm",

@@ -1,10 +1,11 @@
-"""``loreg serve-push``: versions into running engines, and out of them."""
+"""``loreg serve-push``: versions into running engines, and out of them. ``loreg held``: what stays for them."""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,9 @@ from loreg.cli.console import Console
 from loreg.cli.program import Command
 from loreg.cli.serving import limits
 
+if TYPE_CHECKING:
+    from loreg.serving.directories import Hold
+
 _KEY = "LOREG_ENGINE_KEY"
 _DONE = {
     "loaded": "{} is loaded, as {}",
@@ -20,6 +24,7 @@ _DONE = {
     "present": "{} was loaded already, as {}",
     "unloaded": "{} is unloaded: nothing is {} any more",
     "absent": "{} was not loaded: nothing is {}",
+    "released": "{} is held no more; the engine was not told: it has ended, or lets go of {} by itself",
 }
 
 
@@ -52,8 +57,8 @@ def serve_push(
     """Load a version into a running engine, or unload it.
 
     It takes the place of what the engine has under that name. What the engine would refuse or misread is refused
-    before it is told. It has to see the same directory as this machine. A key that it asks for is read from
-    $LOREG_ENGINE_KEY.
+    before it is told. It has to see the same directory as this machine; that stays until --unload, which ends it also
+    where the engine is gone. A key that the engine asks for is read from $LOREG_ENGINE_KEY.
 
     \b
       loreg serve-push sql:prod --engine vllm --url http://localhost:8000 --limit max_lora_rank=64
@@ -87,3 +92,39 @@ def serve_push(
     asked = json.dumps(document["request"]) if done.request else None
     shown = [("at", f"{done.engine}, {done.url}"), ("digest", done.digest), ("path", done.path), ("ask with", asked)]
     console.emit(document, f"{said}\n{text.fields(shown)}")
+
+
+@click.command(cls=Command)
+@click.pass_obj
+def held(console: Console) -> None:
+    """List the directories that stay for engines.
+
+    Each was pushed into an engine by serve-push, and the engine may read there again. It is deleted by no cache until
+    `loreg serve-push NAME --engine E --url URL --unload`, or until the file that is shown is removed.
+    """
+    from loreg.serving import pushing
+
+    with console.open() as registry:
+        found = pushing.held(registry)
+    console.emit({"held": [_document(hold) for hold in found]}, "\n".join(map(_line, found)) or "nothing is held")
+
+
+def _document(hold: Hold) -> dict[str, Any]:
+    by = hold.holder
+    return {
+        "engine": by.engine if by else None,
+        "url": by.url if by else None,
+        "name": by.name if by else None,
+        "directory": str(hold.path),
+        "there": hold.path.is_dir(),
+        "since": datetime.fromtimestamp(hold.since, UTC).isoformat(),
+        "file": str(hold.file),
+    }
+
+
+def _line(hold: Hold) -> str:
+    by = hold.holder
+    who = f"{by.name}  in {by.engine}, {by.url}" if by else "?  in an engine that its file does not name"
+    since = text.moment(datetime.fromtimestamp(hold.since, UTC))
+    gone = "" if hold.path.is_dir() else "; the directory is gone"
+    return text.legible(f"{who}, since {since}{gone}") + f"\n    {text.legible(str(hold.file))}"

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from loreg.serving.attaching import Live, State, attach
     from loreg.serving.bases import Fit, check_base, check_base_async
     from loreg.serving.caching import Cache, Pin
+    from loreg.serving.directories import Hold
     from loreg.serving.live import Merged, merge_, unmerge_
     from loreg.serving.loading import load, load_async
     from loreg.serving.packing import Packed, Stacked, pack, pack_async
     from loreg.serving.preflight import Preflight, preflight, preflight_async
-    from loreg.serving.pushing import Pushed, push, push_async
+    from loreg.serving.pushing import Pushed, held, push, push_async
     from loreg.serving.resolving import Resolved, resolve, resolve_async
     from loreg.serving.tiers import Statistics
     from loreg.serving.unmerged import Unmerged, unmerged, unmerged_async
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "Fit",
+    "Hold",
     "Live",
     "Merged",
     "Moved",
@@ -44,6 +46,7 @@ __all__ = [
     "attach",
     "check_base",
     "check_base_async",
+    "held",
     "load",
     "load_async",
     "merge_",
@@ -66,6 +69,7 @@ __all__ = [
 _HOMES = {
     "Cache": "loreg.serving.caching",
     "Fit": "loreg.serving.bases",
+    "Hold": "loreg.serving.directories",
     "Live": "loreg.serving.attaching",
     "Merged": "loreg.serving.live",
     "Moved": "loreg.serving.watching",
@@ -82,6 +86,7 @@ _HOMES = {
     "attach": "loreg.serving.attaching",
     "check_base": "loreg.serving.bases",
     "check_base_async": "loreg.serving.bases",
+    "held": "loreg.serving.pushing",
     "load": "loreg.serving.loading",
     "load_async": "loreg.serving.loading",
     "merge_": "loreg.serving.live",

@@ -37,10 +37,10 @@ class Cache:
     An entry is a version, by its digest: a tag that moves is another entry. What is in use, or pinned, stays, also if
     it is removed from the registry meanwhile; of the rest the least recently used leave. ``disk``: directories, as
     ``resolve`` gives them, in ``root`` (default: where ``resolve`` has them). The limit is for all processes that
-    have one there together; what any of them uses stays, and what was handed out less than ``spared`` seconds ago, if
-    need be beyond the limit. ``cpu``: factors, mapped from verified blobs. ``gpu``: factors on ``device``, in
-    ``dtype`` (default: the stored one). These two never hold more than their limits: room is made before something
-    comes, and where all is in use that raises CheckFailed.
+    have one there together; what any of them uses stays, what was pushed into an engine (``serving.held``), and what
+    was handed out less than ``spared`` seconds ago, if need be beyond the limit. ``cpu``: factors, mapped from
+    verified blobs. ``gpu``: factors on ``device``, in ``dtype`` (default: the stored one). These two never hold more
+    than their limits: room is made before something comes, and where all is in use that raises CheckFailed.
 
     Each limit is in bytes; None is none.
     """

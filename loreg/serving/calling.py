@@ -25,6 +25,7 @@ _LONGEST = 1e6
 """Seconds that a socket is told to wait, at most: it has no number for all that a caller may have."""
 _PASSING = {408, 425, 429, 502, 503, 504}
 """Answers after which the same may succeed. 500 is not one: vLLM says so of what it refuses for good."""
+_NO_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
 class Again(Exception):
@@ -52,15 +53,25 @@ class Answer:
             return None
 
 
+def is_nobody(error: BaseException | None) -> bool:
+    """Whether the error of a connection says that nothing listens at the address, or that there is no such host:
+    whatever served there has ended."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, socket.gaierror):
+        return reason.errno in _NO_HOST
+    return isinstance(reason, ConnectionRefusedError)
+
+
 class Server:
-    """At ``url``, until ``deadline`` on the monotonic clock. ``shown``: its address, for messages.
+    """At ``url``, until ``deadline`` on the monotonic clock. ``shown``: its address, for messages. ``lost``: whether
+    something was asked for that may have been done, and its answer did not come.
 
     Raises UsageError for a URL that is not plain ``http://`` or ``https://``; nothing is repeated of one with a user
     or a password in it.
     """
 
     def __init__(self, url: str, key: str | None, deadline: float) -> None:
-        self.deadline, self._key = deadline, key
+        self.deadline, self._key, self.lost = deadline, key, False
         expected = "expected http:// or https://, a host, perhaps a port and a path"
         try:
             parts = urlsplit(url)
@@ -86,7 +97,7 @@ class Server:
         self.shown = f"{parts.scheme}://{netloc}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}"
         self._opener = urllib.request.build_opener(_NoRedirects, _Plain, _Secured)
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+    def call(self, path: str, body: Mapping[str, Any] | list[Any] | None = None) -> Answer:
         """POST ``body`` as JSON, or GET without one; whatever the answer is, but for those that may pass.
 
         Raises Again for these and for a connection that fails, RemoteError for an answer that is too large.
@@ -110,10 +121,12 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             said = self._repeatable(f"{type(reason).__name__}: {reason}")
+            self.lost |= body is not None and not is_nobody(error)
             raise Again(
                 RemoteError(f"{self.shown}{path} is not reached ({said}): see whether the engine runs there.")
             ) from error
         if answer.status in _PASSING:
+            self.lost |= body is not None  # a proxy says 502 or 504 of what it has passed on
             raise Again(self.refusal(path, answer))
         return answer
 

@@ -2,7 +2,10 @@
 
 Beside each lies a record of what is in it, ``<name>.record``, so that whoever finds one knows what its files have to
 be without asking the store. A directory that is in use is locked, shared, by whoever uses it: none of those is
-deleted, nor one that was handed out within the last hour, as its user may be about to open it.
+deleted, nor one that was handed out within the last hour, as its user may be about to open it. For an engine that was
+told a path, which locks nothing and may be on another machine, there is a file beside the directory,
+``<name>.<key>.hold``, until it has let go. That is written while the directory is locked: whoever deletes has seen
+it, or came first.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loreg.checkpoint import FileStamp
 from loreg.digest import Digest, Hasher, fingerprint
@@ -23,7 +27,7 @@ from loreg.errors import BadInput, CheckFailed, Conflict, LoregError
 from loreg.format import canonical_json
 from loreg.format.fields import Fields
 from loreg.format.manifest import check_file_name
-from loreg.staging import is_open_at, staged, sync_tree
+from loreg.staging import is_open_at, staged, sync_one, sync_tree
 
 Files = Iterator[tuple[str, Iterable[bytes | memoryview]]]
 Check = Callable[[Digest, Path], Digest]
@@ -32,6 +36,7 @@ SPARED = 3600.0
 _NOTED = 60.0
 """Seconds within which a use is not noted again, where so many are spared anyway."""
 _RECORD = "loreg-served-1"
+_HOLD = "loreg-hold-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +53,72 @@ class Record:
         return sum(size for _, size in self.files.values())
 
     def dump(self) -> bytes:
-        """Sealed: its first line is the digest of the second."""
         files = {name: {"digest": str(digest), "size": size} for name, (digest, size) in self.files.items()}
         document = {
             "format": _RECORD, "version": str(self.version), "base": str(self.base), "max_rank": self.max_rank,
             "files": files,
         }  # fmt: skip
-        line = canonical_json.dumps(document)
-        return f"{Digest.of(line)}\n".encode() + line
+        return _seal(document)
 
     @classmethod
     def parse(cls, data: bytes) -> Record:
         """Raises BadInput."""
-        seal, _, line = data.partition(b"\n")
-        if seal.decode("ascii", "replace") != str(Digest.of(line)):
-            raise BadInput("the record of a served directory does not have the digest that it says.")
-        with Fields(canonical_json.loads_canonical(line, what="record"), "record") as f:
+        with Fields(_unseal(data, "record"), "record") as f:
             f.choice("format", _RECORD)
             files = dict[str, tuple[Digest, int]]()
             for name, entry in f.mapping("files"):
                 with entry as each:
                     files[check_file_name(name, "record")] = each.digest("digest"), each.natural("size")
             return cls(f.digest("version"), f.digest("base"), f.natural("max_rank"), files)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """An engine that was told of a directory: which, where it serves, and under which name it has it."""
+
+    engine: str
+    url: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        """By which its files are told from those of others."""
+        return Digest.of(canonical_json.dumps([self.engine, self.url, self.name])).short
+
+    def dump(self) -> bytes:
+        return _seal({"format": _HOLD, "engine": self.engine, "url": self.url, "name": self.name})
+
+    @classmethod
+    def parse(cls, data: bytes) -> Holder:
+        """Raises BadInput."""
+        with Fields(_unseal(data, "hold"), "hold") as f:
+            f.choice("format", _HOLD)
+            return cls(f.text("engine"), f.text("url"), f.text("name"))
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """That a directory stays for an engine. ``file``: what says so; without it, it is not held. ``holder``: None if
+    nobody can read there who it is. ``since``: seconds of the epoch."""
+
+    file: Path
+    holder: Holder | None
+    since: float
+
+    @property
+    def directory(self) -> str:
+        """Its name."""
+        return self.file.name.split(".")[0]
+
+    @property
+    def path(self) -> Path:
+        """Of the directory."""
+        return self.file.parent / self.directory
+
+    @property
+    def key(self) -> str:
+        """The holder's, also of a file that nobody can read."""
+        return self.file.name.split(".")[1]
 
 
 class Directories:
@@ -172,10 +221,43 @@ class Directories:
         finally:
             os.close(lock)
 
+    def hold(self, name: str, holder: Holder) -> bool:
+        """That a directory stays until it is released, also if this process or machine ends; whether that is new.
+
+        Raises Conflict if it is gone, CheckFailed for what the disk says: then it is not held by this.
+        """
+        file = self._hold(name, holder)
+        with self.pinned(name):
+            if file.exists():
+                return False
+            self._write(file, holder.dump(), durable=True)
+        return True
+
+    def release(self, name: str, holder: Holder) -> None:
+        """That a directory is held for this one no more. It counts as used until now. Raises CheckFailed."""
+        file = self._hold(name, holder)
+        self.note(name)  # first: requests may be under way
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckFailed(f"{file} cannot be removed: {error.strerror}.") from error
+
+    def holds(self) -> list[Hold]:
+        """All, also of directories that somebody has deleted, by their names and since when. Raises CheckFailed."""
+        found = []
+        try:
+            for file in self._holding():
+                with suppress(FileNotFoundError):  # it was released just now
+                    found.append(Hold(file, _holder(file), file.stat().st_mtime))
+        except OSError as error:
+            raise CheckFailed(f"{self.root} cannot be read: {error.strerror}.") from error
+        return sorted(found, key=lambda each: (each.directory, each.since, each.file))
+
     def look(self) -> tuple[int, int, int]:
-        """How many there are, their bytes, and how many somebody has pinned."""
-        found = list(self._all())
-        return len(found), sum(size for _, _, size in found), sum(self._is_pinned(name) for name, _, _ in found)
+        """How many there are, their bytes, and how many somebody has pinned or holds."""
+        found, held = list(self._all()), self._held()
+        used = sum(name in held or self._is_pinned(name) for name, _, _ in found)
+        return len(found), sum(size for _, _, size in found), used
 
     def sweep(self, but: str | None = None) -> int:
         """Delete the least recently used, but for one, as long as all are more than ``limit``; the bytes that are
@@ -185,11 +267,22 @@ class Directories:
             shutil.rmtree(gone, ignore_errors=True)
         found = sorted(self._all(), key=lambda each: each[1])
         left = sum(size for _, _, size in found)
+        if self.limit is None or left <= self.limit:
+            return left
+        try:
+            held = self._held()
+        except OSError:
+            return left
         now = time.time()
         for name, used, size in found:
-            if self.limit is None or left <= self.limit:
+            if left <= self.limit:
                 break
-            if name != but and now - used >= self.spared + self._pause and self._delete(name, used):
+            if (
+                name != but
+                and name not in held
+                and now - used >= self.spared + self._pause
+                and self._delete(name, used)
+            ):
                 left -= size
         return left
 
@@ -204,24 +297,52 @@ class Directories:
                 )
 
     def _keep(self, name: str, record: Record) -> None:
-        partial = self.root / f".{name}.{os.urandom(8).hex()}.record"
-        try:
-            partial.write_bytes(record.dump())
-            partial.replace(self._record(name))
-        except OSError as error:
-            raise CheckFailed(
-                f"{self._record(name)} cannot be written: {error.strerror}; free some space, or check the disk."
-            ) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        self._write(self._record(name), record.dump())
         self._noted[name] = time.time()
         self._added += record.nbytes
         if self.limit is not None and (not self._swept or self._added > self.limit // 64):
             self.sweep(but=name)
 
+    def _write(self, file: Path, data: bytes, durable: bool = False) -> None:
+        """There as a whole or not at all. Raises CheckFailed, and nothing is there then."""
+        partial = self.root / f".{file.stem}.{os.urandom(8).hex()}{file.suffix}"
+        try:
+            with partial.open("wb") as out:
+                out.write(data)
+                if durable:
+                    out.flush()
+                    os.fsync(out.fileno())
+            partial.replace(file)
+            if durable:
+                sync_one(self.root)
+        except OSError as error:
+            with suppress(OSError):
+                if durable:  # not known to be on the disk
+                    file.unlink(missing_ok=True)
+            raise CheckFailed(
+                f"{file} cannot be written: {error.strerror}; free some space, or check the disk."
+            ) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
     def _record(self, name: str) -> Path:
         return self.root / f"{name}.record"
+
+    def _hold(self, name: str, holder: Holder) -> Path:
+        return self.root / f"{name}.{holder.key}.hold"
+
+    def _holding(self) -> list[Path]:
+        """What says that a directory is held. Raises OSError: not to know is not that there is none."""
+        try:
+            with os.scandir(self.root) as found:
+                return [Path(each) for each in found if each.name.endswith(".hold") and each.name[0] != "."]
+        except FileNotFoundError:
+            return []
+
+    def _held(self) -> set[str]:
+        """The names of directories that are held. Raises OSError."""
+        return {file.name.split(".")[0] for file in self._holding()}
 
     def _all(self) -> Iterator[tuple[str, float, int]]:
         """Name, last use and bytes of each that has a record."""
@@ -262,7 +383,7 @@ class Directories:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._record(name).stat().st_mtime != used:
+            if self._record(name).stat().st_mtime != used or name in self._held():
                 return False
             path.rename(gone)
             self._record(name).unlink(missing_ok=True)
@@ -273,6 +394,30 @@ class Directories:
             os.close(lock)
         self.evicted += 1
         return True
+
+
+def _seal(document: dict[str, Any]) -> bytes:
+    """Two lines, of which the first is the digest of the second."""
+    line = canonical_json.dumps(document)
+    return f"{Digest.of(line)}\n".encode() + line
+
+
+def _unseal(data: bytes, what: str) -> object:
+    """Raises BadInput."""
+    seal, _, line = data.partition(b"\n")
+    if seal.decode("ascii", "replace") != str(Digest.of(line)):
+        raise BadInput(f"the {what} of a served directory does not have the digest that it says.")
+    return canonical_json.loads_canonical(line, what=what)
+
+
+def _holder(file: Path) -> Holder | None:
+    """Raises FileNotFoundError."""
+    try:
+        return Holder.parse(file.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, LoregError):
+        return None
 
 
 def _written(folder: Path, files: Files) -> Iterator[tuple[str, tuple[Digest, int]]]:

@@ -39,6 +39,8 @@ class Speaker:
     """One engine at one address. ``load`` and ``unload`` begin by looking what it has: they can be called again."""
 
     engine: ClassVar[str]
+    replaces: ClassVar[bool] = True
+    """Whether what is loaded under a name takes the place of what was under it: so no request uses that any more."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -55,6 +57,10 @@ class Speaker:
     def request(self, adapter: Adapter) -> Mapping[str, Any]:
         """The fields of a request by which it uses the adapter."""
         return {"model": adapter.name}
+
+    def may_have(self, adapter: Adapter) -> bool:
+        """After an error: whether the engine may have been given the directory all the same."""
+        return self.server.lost
 
     def models(self) -> dict[str, dict[str, Any]]:
         """What ``/v1/models`` lists, by id."""
@@ -124,6 +130,16 @@ class _Named(Speaker):
                 "may have loaded it again."
             )
         return "unloaded"
+
+    def may_have(self, adapter: Adapter) -> bool:
+        if not self.begun:
+            return False
+        try:
+            return self.held(adapter) == adapter.path
+        except Conflict:
+            return False
+        except (Again, RemoteError):
+            return self.server.lost
 
     def bring(self, adapter: Adapter, before: str | None) -> None:
         raise NotImplementedError
@@ -200,15 +216,13 @@ class SGLang(_Named):
 class _ByRequest(Speaker):
     """Engines that know no names: each request says where the adapter is, and the first one loads it."""
 
-    def require(self, *, unload: bool, named: bool) -> None:
-        if unload:
-            raise Unsupported(
-                f"{self.engine} cannot be told to unload an adapter: it lets go of those that no request names, when "
-                "it needs the room. Have no request name it any more."
-            )
+    replaces = False
 
     def unload(self, adapter: Adapter) -> Literal["unloaded", "absent"]:
-        raise NotImplementedError  # ``require`` refuses it
+        raise Unsupported(
+            f"{self.engine} cannot be told to unload an adapter: it lets go of those that no request names, when "
+            "it needs the room. Have no request name it any more."
+        )
 
 
 class LoRAX(_ByRequest):
@@ -218,7 +232,6 @@ class LoRAX(_ByRequest):
     engine = "lorax"
 
     def require(self, *, unload: bool, named: bool) -> None:
-        super().require(unload=unload, named=named)
         if named:
             raise Unsupported("LoRAX knows an adapter by its path, and by no name: leave --name out.")
 

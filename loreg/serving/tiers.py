@@ -18,7 +18,7 @@ V = TypeVar("V")
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """Of one tier. ``hits``, ``misses`` and ``evictions`` since it was made; ``used``: how many entries are in use
-    now. ``limit`` None: there is none."""
+    now, on disk also those that are held for an engine (``serving.held``). ``limit`` None: there is none."""
 
     entries: int
     nbytes: int
