@@ -43,7 +43,7 @@ class Engine:
         cards += [{"id": name, "object": "model", "root": at, "parent": BASE} for name, at in self.held.items()]
         return 200, {"object": "list", "data": cards}, {}
 
-    def post(self, path: str, body: dict[str, Any], headers: Any) -> Reply:
+    def post(self, path: str, body: Any, headers: Any) -> Reply:
         raise NotImplementedError
 
     def nowhere(self) -> Reply:
@@ -181,6 +181,49 @@ class TensorRTLLM(Engine):
                 raise Refused(400, {"object": "error", "message": problem, "type": "BadRequestError", "code": 400})
             self.cached.setdefault(asked["lora_int_id"], asked["lora_path"])
         return 200, {"model": body["model"], "choices": [{"index": 0, "text": "b"}]}, {}
+
+
+class LlamaCpp(Engine):
+    """``server-context.cpp`` and ``server-common.cpp`` in ``tools/server`` of llama.cpp 0.5.0, as
+    ``tests/engines/test_llama_cpp.py`` has found the real one to be."""
+
+    reuses = False
+    completes = True
+
+    def __init__(self, *files: str) -> None:
+        super().__init__()
+        self.files, self.scales = files, [0.0] * len(files)
+        self.computed: list[str] = []
+
+    def get(self, path: str) -> Reply:
+        if path != "/lora-adapters":
+            return self.nowhere()
+        found = zip(self.files, self.scales, strict=True)
+        shown = [{"id": n, "path": at, "scale": scale} for n, (at, scale) in enumerate(found)]
+        return 200, [{**each, "task_name": "", "prompt_prefix": ""} for each in shown], {}
+
+    def post(self, path: str, body: Any, headers: Any) -> Reply:
+        if path == "/completion":
+            if not self.completes:
+                return self.refuse(501, "This server does not support completions.", "not_supported_error")
+            self.require(body, prompt=str)
+            tokens = len(body["prompt"].split()) + 1
+            reused = tokens - 1 if self.reuses and body["prompt"] in self.computed else 0
+            self.computed.append(body["prompt"])
+            return 200, {"content": "b", "timings": {"cache_n": reused, "prompt_n": tokens - reused}}, {}
+        if path != "/lora-adapters":
+            return self.nowhere()
+        if not isinstance(body, list):
+            return self.refuse(400, "Request body must be an array", "invalid_request_error")
+        said = {each.get("id", -1): each.get("scale", 0.0) for each in body}
+        self.scales = [float(said.get(number, 0.0)) for number in range(len(self.files))]
+        return 200, {"success": True}, {}
+
+    def nowhere(self) -> Reply:
+        return self.refuse(404, "File Not Found", "not_found_error")
+
+    def refuse(self, status: int, message: str, kind: str) -> Reply:
+        return status, {"error": {"code": status, "message": message, "type": kind}}, {}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ _DONE = {
 
 @click.command("serve-push", cls=Command)
 @click.argument("reference", metavar="REF")
-@click.option("--engine", metavar="E", required=True, help="vllm, sglang, lorax or tensorrt-llm.")
+@click.option("--engine", metavar="E", required=True, help="vllm, sglang, lorax, tensorrt-llm or llama.cpp.")
 @click.option("--url", metavar="URL", required=True, help="Where it serves, such as http://gpu1:8000.")
 @click.option("--name", metavar="N", help="What requests are to call it. [default: the name in REF]")
 @click.option("--unload", is_flag=True, help="Take out what the engine has under that name.")

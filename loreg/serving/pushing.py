@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from loreg.digest import Digest
@@ -100,14 +101,19 @@ def push(
         speaker = SPEAKERS[engine](Server(url, key, time.monotonic() + timeout))
         speaker.require(unload=unload, named=name is not None)
         limits = limits_of(engine, limits)
-        chosen = _name(reference, name)
-        errand = _Errand(registry or default_registry(), speaker, reference, chosen, retries)
+        registry = registry or default_registry()
+        if speaker.reads:
+            chosen = _name(reference, name)
+        else:
+            chosen = Reference.parse(reference).name or registry.find(reference).name
+        errand = _Errand(registry, speaker, reference, chosen, retries)
         with errand.alone(even_so=unload):
             adapter, done = errand.unload() if unload else errand.load(limits)
         timer.labels["outcome"] = done
     digest = None if unload else Digest.parse(adapter.digest)
     request = {} if unload else speaker.request(adapter)
-    return Pushed(engine, speaker.server.shown, adapter.name, done, digest, adapter.path or None, request)
+    path = None if unload else speaker.place(adapter)
+    return Pushed(engine, speaker.server.shown, adapter.name, done, digest, path, request)
 
 
 push_async = in_thread(push)
@@ -153,9 +159,10 @@ class _Errand:
 
     def load(self, limits: Mapping[str, Any]) -> tuple[Adapter, Action]:
         while True:
-            adapter, directory = self._ready(limits)
+            adapter = self._ready(limits)
+            directory = Path(adapter.path).name
             with suppress(Conflict):  # it was deleted between the two
-                new = self._directories.hold(directory, self._holder)
+                new = self._speaker.reads and self._directories.hold(directory, self._holder)
                 break
         try:
             done = self._persist(lambda: self._speaker.load(adapter))
@@ -169,7 +176,7 @@ class _Errand:
         return adapter, done
 
     def unload(self) -> tuple[Adapter, Action]:
-        adapter = Adapter(self._name, "", "")
+        adapter = Adapter(self._name, "", "", versions=self._versions())
         try:
             done: Action = self._persist(lambda: self._speaker.unload(adapter))
             released = {hold.directory for hold in self._held()}
@@ -182,17 +189,26 @@ class _Errand:
         self._release(released)
         return adapter, done
 
-    def _ready(self, limits: Mapping[str, Any]) -> tuple[Adapter, str]:
-        """What is to be loaded, in the form that the engine reads right, and the name of its directory."""
+    def _ready(self, limits: Mapping[str, Any]) -> Adapter:
+        """What is to be loaded, in the form that the engine reads right."""
         engine = self._speaker.engine
         found = preflight(self._reference, engine, self._registry, **limits)
         if found.form is None:
             lasting = [each for each in found.findings if not each.folded]
             reasons = " ".join(f"{each.subject}: {each.reason} {each.remedy}" for each in lasting)
             raise Unsupported(f"{engine} would not serve {self._reference} as it was trained. {reasons}")
-        resolved = self._resolver.resolve(str(found.digest), form=found.form)  # by its digest: the tag may move
-        path = resolved.path.absolute()
-        return Adapter(self._name, str(path), str(found.digest), found.stacked), path.name
+        path = ""
+        if self._speaker.reads:
+            resolved = self._resolver.resolve(str(found.digest), form=found.form)  # by its digest: the tag may move
+            path = str(resolved.path.absolute())
+        return Adapter(self._name, path, str(found.digest), found.stacked, found.form, self._versions())
+
+    def _versions(self) -> list[Digest]:
+        """All of the name, removed ones too: of interest to an engine that knows no names."""
+        if self._speaker.reads:
+            return []
+        rows, removed = self._registry.log(self._name)[0], self._registry.trash()
+        return [row.digest for row in (*rows, *removed) if row.name == self._name]
 
     def _held(self) -> list[Hold]:
         """For this engine, under this name."""

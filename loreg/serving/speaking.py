@@ -6,39 +6,47 @@
 | SGLang 0.5.23 | yes | out and in | yes | ``sglang/srt/entrypoints/http_server.py`` |
 | LoRAX | with a request, by path | another path | no | ``router/src/server.rs``, ``loader.rs`` |
 | TensorRT-LLM | with a request, by number | another number | no | ``tensorrt_llm/serve/openai_protocol.py`` |
-| llama.cpp | at its start alone | no | no | ``tools/server`` |
+| llama.cpp 0.5.0 (2026) | files of its start, by their digests | scales | scales | ``tools/server`` |
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from loreg.digest import Digest
-from loreg.errors import Conflict, RemoteError, Unsupported
+from loreg.errors import Conflict, NotFound, RemoteError, Unsupported
 from loreg.serving.calling import Again, Answer, Server
 
+_DIGITS = 12
+"""Of a digest, at least, that a file's name has to have: as many as people are shown."""
+_SHOWN = 8
+"""Files that a message names."""
 _WORD = "a"
 """A prompt: of one token or two, whatever the tokeniser."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an engine is told: a name, and the path of a directory. ``digest``: of the version. ``stacked``: as of
-    ``Preflight``."""
+    """What an engine is told: a name, and the path of a directory. ``digest``: of the version. ``stacked``, ``form``:
+    as of ``Preflight``. ``versions``: the digests of all that have the name."""
 
     name: str
     path: str
     digest: str
     stacked: bool = False
+    form: str = "peft"
+    versions: Collection[Digest] = ()
 
 
 class Speaker:
     """One engine at one address. ``load`` and ``unload`` begin by looking what it has: they can be called again."""
 
     engine: ClassVar[str]
+    reads: ClassVar[bool] = True
+    """Whether it is told of a directory, where it may read at any time."""
     replaces: ClassVar[bool] = True
     """Whether what is loaded under a name takes the place of what was under it: so no request uses that any more."""
 
@@ -58,6 +66,10 @@ class Speaker:
         """The fields of a request by which it uses the adapter."""
         return {"model": adapter.name}
 
+    def place(self, adapter: Adapter) -> str:
+        """The path of what it has of the adapter."""
+        return adapter.path
+
     def may_have(self, adapter: Adapter) -> bool:
         """After an error: whether the engine may have been given the directory all the same."""
         return self.server.lost
@@ -72,7 +84,7 @@ class Speaker:
             raise self.server.refusal(path, answer, f"expected the models that {self.engine} serves")
         return {str(model["id"]): model for model in listed if isinstance(model, dict) and "id" in model}
 
-    def tell(self, path: str, body: Mapping[str, Any], without: str = "") -> Answer:
+    def tell(self, path: str, body: Mapping[str, Any] | list[Any], without: str = "") -> Answer:
         """``without``: what to do about an engine that has no such path."""
         answer = self.server.call(path, body)
         if answer.status == 200:
@@ -272,17 +284,130 @@ class TensorRTLLM(_ByRequest):
         return {"lora_request": {"lora_name": adapter.name, "lora_int_id": number, "lora_path": adapter.path}}
 
 
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A LoRA of llama.cpp's: a GGUF file of its start, and the scale that it has where a request says none."""
+
+    id: int
+    path: str
+    scale: float
+
+    def is_of(self, digest: Digest, *, folded: bool = False) -> bool:
+        """Whether the file is of this version, by its name: the name of the file, without ``.gguf``, or of a
+        directory of its path, has among its parts, between ``-``, ``_``, ``.``, ``@`` or ``:``, the digest's 64 hex
+        digits, or the first of them, twelve at least. ``folded``: and, after them, ``folded``."""
+        for name in re.split(r"[/\\]", self.path):
+            parts = re.split(r"[-_.@:]", name)
+            for place, part in enumerate(parts):
+                if len(part) >= _DIGITS and digest.hex.startswith(part):
+                    return not folded or "folded" in parts[place:]
+        return False
+
+
 class LlamaCpp(Speaker):
-    """``tools/server`` of ggml-org/llama.cpp: ``/lora-adapters`` lists the GGUF files of ``--lora``, and sets their
-    scales. There is no way to load another one."""
+    """``tools/server`` of ggml-org/llama.cpp. It loads GGUF files when it starts, and no others: ``/lora-adapters``
+    lists them and sets their scales. Which is of which version, the digest in its name says, and only that.
+
+    What is found of the server itself, and not of its README (``tests/engines/test_llama_cpp.py``): a POST sets the
+    scale of each that it does not name to 0, and says nothing of an id that there is not. Scales that were set this
+    way throw away nothing of what was computed under others: a prompt that begins as an earlier one did goes on from
+    that (``launch_slot_with_task``), so a server that reuses prompts is refused. ``--lora-init-without-apply`` leaves
+    all scales at 1; ``--lora-scaled FILE:0`` is what begins with 0.
+    """
 
     engine = "llama.cpp"
+    reads = False
+    _PATH = "/lora-adapters"
+    _PROMPT = "a b c d e f"
+    _begun = _replaces = False
+    _found: _Listed | None = None
 
     def require(self, *, unload: bool, named: bool) -> None:
-        raise Unsupported(
-            "llama.cpp's server loads adapters when it starts, from GGUF files, and can then only set their scales, "
-            "by POST /lora-adapters: merge the version with `loreg merge` and convert the model; or convert what "
-            "`loreg export --format peft` writes with convert_lora_to_gguf.py, and start the server with --lora."
+        if named:
+            raise Unsupported("llama.cpp knows an adapter by its file, and by no name: leave --name out.")
+
+    def load(self, adapter: Adapter) -> Literal["loaded", "replaced", "present"]:
+        listed = self._listed()
+        digest = Digest.parse(adapter.digest)
+        self._found = found = next((x for x in listed if x.is_of(digest, folded=adapter.form == "folded")), None)
+        if found is None:
+            raise NotFound(self._how(adapter, digest, listed))
+        others = {x.id for x in listed if x.scale and any(map(x.is_of, adapter.versions))} - {found.id}
+        if not self._begun:
+            self._replaces = bool(others)
+        if found.scale == 1 and not others:
+            if not self._begun:
+                return "present"
+        else:
+            self._set(listed, dict.fromkeys(others, 0.0) | {found.id: 1.0})
+        return "replaced" if self._replaces else "loaded"
+
+    def unload(self, adapter: Adapter) -> Literal["unloaded", "absent"]:
+        listed = self._listed()
+        there = {x.id: 0.0 for x in listed if x.scale and any(map(x.is_of, adapter.versions))}
+        if there:
+            self._set(listed, there)
+        return "unloaded" if there or self._begun else "absent"
+
+    def request(self, adapter: Adapter) -> Mapping[str, Any]:
+        return {"lora": [{"id": self._found.id, "scale": 1.0}]} if self._found else {}
+
+    def place(self, adapter: Adapter) -> str:
+        return self._found.path if self._found else ""
+
+    def _set(self, listed: list[_Listed], changed: dict[int, float]) -> None:
+        """These scales, and all others as they are."""
+        self._require_fresh()
+        self._begun = True
+        wanted = {x.id: x.scale for x in listed} | changed
+        self.tell(self._PATH, [{"id": number, "scale": scale} for number, scale in wanted.items()])
+        now = {x.id: x.scale for x in self._listed()}
+        if now != wanted:
+            raise RemoteError(
+                f"{self.server.shown} said that it has set its scales: expected {wanted}, found {now}; somebody else "
+                "may set them too."
+            )
+
+    def _require_fresh(self) -> None:
+        """That it begins each prompt anew. Asked twice, in the same slot, it says how much it had of it the second
+        time; ``/props`` does not tell."""
+        body = {"prompt": self._PROMPT, "n_predict": 0, "id_slot": 0}
+        for _ in range(2):
+            answer = self.server.call("/completion", body)
+            if answer.status == 501:  # a server of embeddings, which keeps none
+                return
+            found = answer.json()
+            reused = found["timings"].get("cache_n") if isinstance(found, dict) and "timings" in found else None
+            if answer.status != 200 or type(reused) is not int:
+                raise self.server.refusal(
+                    "/completion", answer, "expected it to say in timings.cache_n what it reuses"
+                )
+        if reused:
+            raise Unsupported(
+                f"{self.server.shown} reuses what it has computed of a prompt also when scales change: expected one "
+                "that does not, or it answers from the adapter that it had; start it with --no-cache-prompt."
+            )
+
+    def _listed(self) -> list[_Listed]:
+        answer = self.server.call(self._PATH)
+        found = answer.json()
+        if answer.status == 200 and isinstance(found, list):
+            try:
+                return [_Listed(int(each["id"]), str(each["path"]), float(each["scale"])) for each in found]
+            except (TypeError, KeyError, ValueError):
+                pass
+        raise self.server.refusal(self._PATH, answer, "expected the LoRA files that llama.cpp was started with")
+
+    def _how(self, adapter: Adapter, digest: Digest, listed: list[_Listed]) -> str:
+        folded = "-folded" if adapter.form == "folded" else ""
+        name = f"{adapter.name.replace('/', '-')}-{digest.short}{folded}"
+        shown = ", ".join(x.path for x in listed[:_SHOWN]) + (" and more" if len(listed) > _SHOWN else "")
+        return (
+            f"{self.server.shown} was started without {adapter.name}: expected a LoRA file with "
+            f"{digest.short}{folded} in its name, found {shown or 'none'}; make it with `loreg export "
+            f"blake3:{digest.short} --format {adapter.form} --out {name}` and `python convert_lora_to_gguf.py {name} "
+            f"--base BASE --outfile {name}.gguf`, and start the server with `--lora-scaled {name}.gguf:0 "
+            "--no-cache-prompt`."
         )
 
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import engine_servers
 import pytest
 import tiny
 from click.testing import CliRunner
-from engine_servers import BASE, VLLM, Engine, LoRAX, SGLang, TensorRTLLM
+from engine_servers import BASE, VLLM, Engine, LlamaCpp, LoRAX, SGLang, TensorRTLLM
 
 import loreg
 from loreg import serving
@@ -156,9 +157,153 @@ def test_lorax_has_no_names_and_has_to_name_the_adapter(engine: Engine, wide, pu
         push("wide", "lorax", engine.url, pushed)
 
 
-def test_llama_cpp_says_why_not(pushed: loreg.Registry) -> None:
-    with pytest.raises(Unsupported, match=r"can then only set their scales.*convert_lora_to_gguf"):
-        push("sql", "llama.cpp", "http://127.0.0.1:9", pushed)
+def llama(*files: str) -> AbstractContextManager[LlamaCpp]:
+    return engine_servers.serving(LlamaCpp(*files))
+
+
+def test_llama_cpp_has_its_scales_set(two, pushed: loreg.Registry) -> None:
+    one, other = (each.digest for each in two)
+    humor = pushed.find("humor").digest
+    with llama(
+        "/g/x.gguf", f"/g/sql-{one.short}.gguf", f"/g/{other.hex}/a.gguf", f"h/{humor.hex}-folded.gguf"
+    ) as server:
+        server.scales = [0.5, 0.0, 0.0, 0.25]
+        done = push("sql:prod", "llama.cpp", server.url, pushed)
+        assert (done.action, done.name, done.digest) == ("loaded", "sql", one)
+        assert (done.path, done.request) == (f"/g/sql-{one.short}.gguf", {"lora": [{"id": 1, "scale": 1.0}]})
+        assert server.scales == [0.5, 1.0, 0.0, 0.25]
+        assert push("sql:prod", "llama.cpp", server.url, pushed).action == "present"
+        replaced = push(str(other), "llama.cpp", server.url, pushed)
+        assert (replaced.action, replaced.name) == ("replaced", "sql")
+        assert replaced.request == {"lora": [{"id": 2, "scale": 1.0}]}
+        assert server.scales == [0.5, 0.0, 1.0, 0.25]
+        server.scales[2] = 0.75
+        assert push("sql:v2", "llama.cpp", server.url, pushed).action == "loaded"
+        pushed.remove("sql:v2")
+        gone = push("sql", "llama.cpp", server.url, pushed, unload=True)
+        assert (gone.action, gone.digest, gone.path, gone.request) == ("unloaded", None, None, {})
+        assert server.scales == [0.5, 0.0, 0.0, 0.25]
+        assert push("sql", "llama.cpp", server.url, pushed, unload=True).action == "absent"
+        assert push("humor", "llama.cpp", server.url, pushed).request == {"lora": [{"id": 3, "scale": 1.0}]}
+        assert serving.held(pushed) == []
+        with pytest.raises(Unsupported, match="by no name"):
+            push("sql", "llama.cpp", server.url, pushed, name="other")
+
+
+@pytest.mark.parametrize("place", range(5))  # of the requests that a swap is
+@pytest.mark.parametrize("fault", ["drop", "lost", 503])
+def test_what_passes_is_tried_again_by_llama_cpp(place: int, fault: int | str, two, pushed: loreg.Registry) -> None:
+    one, other = (each.digest for each in two)
+    with llama(f"{one.hex}.gguf", f"{other.hex}.gguf", "more.gguf") as server:
+        server.scales = [1.0, 0.0, 0.5]
+        server.faults = [None] * place + [fault]
+        assert push("sql:v2", "llama.cpp", server.url, pushed).action == "replaced"
+        assert server.scales == [0.0, 1.0, 0.5]
+        server.faults = [None] * place + [fault]
+        assert push("sql", "llama.cpp", server.url, pushed, unload=True).action == "unloaded"
+        assert server.scales == [0.0, 0.0, 0.5]
+
+
+FILES = [  # of a digest that begins with 12 digits D; whether it is recognised, and as the folded form
+    ("/loras/{D}.gguf", True, False),
+    ("{D}.gguf", True, False),
+    ("C:\\loras\\sql-{D}-F32-LoRA.gguf", True, False),
+    ("/loras/team.sql@blake3:{D}.gguf", True, False),
+    ("/serving/{H}-folded/A-F16-LoRA.gguf", True, True),
+    ("/serving/sql_{D}_folded.gguf", True, True),
+    ("/loras/folded/{D}.gguf", True, False),
+    ("/loras/folded-{D}.gguf", True, False),
+    ("/loras/x{D}.gguf", False, False),
+    ("/loras/{D}x.gguf", False, False),
+    ("/loras/{D}0.gguf", False, False),
+    ("/loras/{S}.gguf", False, False),  # too few
+    ("/loras/{U}.gguf", False, False),  # in capitals
+    ("/loras/sql.gguf", False, False),
+    ("", False, False),
+]
+
+
+@pytest.mark.parametrize(("file", "known", "folded"), FILES)
+@pytest.mark.parametrize("name", ["sql", "humor"])
+def test_a_file_is_known_by_the_digest_in_its_name(
+    file: str, known: bool, folded: bool, name: str, pushed: loreg.Registry
+) -> None:
+    """``humor`` is served in its folded form alone."""
+    digest = pushed.find(name).digest
+    digits = digest.hex[:12]
+    digits_and_another = {"D": digits, "H": digest.hex, "S": digits[:11], "U": "A" + digits[1:].upper()}
+    assert digest.hex[12] != "0"
+    with llama("other.gguf", file.format(**digits_and_another)) as server:
+        if known and (folded or name == "sql"):
+            assert push(name, "llama.cpp", server.url, pushed).request["lora"][0]["id"] == 1
+        else:
+            form, ending = ("folded", "-folded") if name == "humor" else ("peft", "")
+            with pytest.raises(NotFound) as refused:
+                push(name, "llama.cpp", server.url, pushed)
+            made = f"{name}-{digits}{ending}"
+            assert f"`loreg export blake3:{digits} --format {form} --out {made}`" in str(refused.value)
+            assert f"`python convert_lora_to_gguf.py {made} --base BASE --outfile {made}.gguf`" in str(refused.value)
+            assert f"`--lora-scaled {made}.gguf:0 --no-cache-prompt`" in str(refused.value)
+            assert "found other.gguf" in str(refused.value)
+            assert server.scales == [0.0, 0.0]
+
+
+def test_a_llama_cpp_that_reuses_prompts_is_refused(pushed: loreg.Registry) -> None:
+    with llama(f"{pushed.find('sql').digest.hex}.gguf") as server:
+        server.reuses = True
+        with pytest.raises(Unsupported, match=r"from the adapter that it had; start it with --no-cache-prompt"):
+            push("sql", "llama.cpp", server.url, pushed)
+        assert server.scales == [0.0]
+        server.scales = [1.0]  # since it was started
+        assert push("sql", "llama.cpp", server.url, pushed).action == "present"
+        with pytest.raises(Unsupported, match="--no-cache-prompt"):
+            push("sql", "llama.cpp", server.url, pushed, unload=True)
+        server.completes = False
+        assert push("sql", "llama.cpp", server.url, pushed, unload=True).action == "unloaded"
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, {"content": "b"}), (200, {"timings": {}}), (400, {"timings": {"cache_n": 0}})]
+)
+def test_a_llama_cpp_that_does_not_say_whether_it_reuses(answer, pushed: loreg.Registry) -> None:
+    with llama(f"{pushed.find('sql').digest.hex}.gguf") as server:
+        real = server.post
+        server.post = lambda path, body, headers: (
+            (*answer, {}) if path == "/completion" else real(path, body, headers)
+        )
+        with pytest.raises(RemoteError, match=r"expected it to say in timings\.cache_n"):
+            push("sql", "llama.cpp", server.url, pushed)
+        assert server.scales == [0.0]
+
+
+@pytest.mark.parametrize("listing", [{}, "<html>", [1], [{"id": "x", "path": "", "scale": 0}], [{"id": 0}]])
+def test_what_is_no_listing_of_llama_cpps(listing: object, pushed: loreg.Registry) -> None:
+    with llama() as server:
+        server.get = lambda path: (200, listing, {})
+        with pytest.raises(RemoteError, match=r"expected the LoRA files that llama\.cpp was started with"):
+            push("sql", "llama.cpp", server.url, pushed)
+
+
+def test_llama_cpps_listing_is_believed_and_not_its_answer(two, pushed: loreg.Registry) -> None:
+    one, _ = (each.digest for each in two)
+    with llama(f"{one.hex}.gguf") as server:
+        real = server.post
+        done = (200, {"success": True}, {})
+        server.post = lambda path, body, headers: done if path == "/lora-adapters" else real(path, body, headers)
+        with pytest.raises(
+            RemoteError, match=r"said that it has set its scales: expected \{0: 1.0\}, found \{0: 0.0\}"
+        ):
+            push("sql:v1", "llama.cpp", server.url, pushed)
+
+
+def test_what_llama_cpp_would_misread_is_refused(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = serving.preflight("humor", "llama.cpp", pushed).findings[0]
+    found = serving.Preflight(pushed.find("sql").digest, "llama.cpp", (dataclasses.replace(finding, folded=False),))
+    monkeypatch.setattr(pushing, "preflight", lambda *_, **__: found)
+    with llama() as server:
+        with pytest.raises(Unsupported, match=r"llama\.cpp would not serve sql as it was trained"):
+            push("sql", "llama.cpp", server.url, pushed)
+        assert server.asked == []
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
