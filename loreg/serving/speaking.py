@@ -374,8 +374,6 @@ class LlamaCpp(Speaker):
         body = {"prompt": self._PROMPT, "n_predict": 0, "id_slot": 0}
         for _ in range(2):
             answer = self.server.call("/completion", body)
-            if answer.status == 501:  # a server of embeddings, which keeps none
-                return
             found = answer.json()
             reused = found["timings"].get("cache_n") if isinstance(found, dict) and "timings" in found else None
             if answer.status != 200 or type(reused) is not int:

@@ -229,6 +229,8 @@ RULES: list[tuple[str, str, Described, dict[str, Any], Found]] = [
     ("blocks", "llama.cpp", BLOCKS, {}, {("refuses", "use_bdlora", False)}),
     ("embed_tokens", "llama.cpp", EMBEDDING, {}, set()),
     ("a tied head", "llama.cpp", llama(layer("lm_head", tied=True)), {}, {("refuses", "lm_head", False)}),
+    ("a tied embedding", "llama.cpp", llama(layer("model.embed_tokens", kind="embedding", tied=True)), {},
+     {("refuses", "embedding", False)}),
     ("a head of its own", "llama.cpp", llama(layer("lm_head")), {}, set()),
     ("Conv1D", "llama.cpp", llama(layer("h.0.c_attn", kind="conv1d")), {}, {("refuses", "conv1d", False)}),
     ("a square Conv1D", "llama.cpp", llama(layer("h.0.c_proj", kind="conv1d", square=True)), {},
@@ -401,6 +403,31 @@ def test_a_pickle_and_a_carried_embedding_are_seen(registry: loreg.Registry, tmp
     torch.save(factors, folder / "adapter_model.bin")
     described = describe(registry.push(folder, base="base", name="pickled").manifest)
     assert described.pickled and described.strangers is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_the_heads_weight_too_is_seen(
+    tied: bool, registry: loreg.Registry, tmp_path: Path
+) -> None:
+    tensors = {name: value for name, value in tiny.model().items() if not tied or name != "lm_head.weight"}
+    config = {**tiny.CONFIG, "tie_word_embeddings": tied}
+    registry.add_base(tiny.write_model(tmp_path / "base", tensors, config=config), "base")
+    vocabulary, hidden = tensors["model.embed_tokens.weight"].shape
+    rng, path = np.random.default_rng(5), "model.embed_tokens"
+    full = {
+        f"{path}.lora_embedding_A": tiny.normal(rng, "F32", 2, vocabulary),
+        f"{path}.lora_embedding_B": tiny.normal(rng, "F32", hidden, 2),
+    }
+    targets = ["embed_tokens", "q_proj", "v_proj"]
+    folder = tiny.write_adapter(
+        tmp_path / "a", tiny.adapter(), full=full, target_modules=targets, modules_to_save=None
+    )
+    found = describe(registry.push(folder, base="base", name="embedded").manifest)
+    assert [layer.path for layer in found.layers if layer.tied] == ([path] if tied else [])
+    (subject,) = [finding.subject for finding in serving.preflight("embedded", "llama.cpp", registry).findings] or [
+        None
+    ]
+    assert subject == ("embedding" if tied else None)
 
 
 def test_replaced_tensors_are_seen(registry: loreg.Registry, tmp_path: Path) -> None:

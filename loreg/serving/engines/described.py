@@ -13,7 +13,7 @@ class Layer:
     ``kind``: as in a manifest, or ``attention`` for both of a MultiheadAttention. ``scale``: what the product of its
     factors is multiplied by. ``divided``: its factors are in blocks (BD-LoRA). ``magnitude``, ``bias``: of DoRA, and
     of ``lora_bias``. ``tied``: it is of a head that shares its weight with an
-    embedding, or of that. ``square``: it has as many inputs as outputs.
+    embedding in the base, or of that. ``square``: it has as many inputs as outputs.
     """
 
     path: str

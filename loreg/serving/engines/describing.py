@@ -36,7 +36,7 @@ def describe(manifest: AdapterManifest, pushed: Words | None = None) -> Describe
     """``pushed``: the config of a version that was pushed as PEFT; None takes what follows from the manifest."""
     as_pushed = manifest.source is not None and manifest.source.format == PEFT
     heads = {name: tie for name, tie in manifest.ties.items() if name.endswith(_HEAD)}
-    tied = {*heads, *(tie.to for tie in heads.values() if not tie.untied)}
+    tied = {*heads, *(tie.to for tie in heads.values())}
     attentions = {path for path, m in manifest.modules.items() if m.tensor.rpartition(".")[2] == _ATTENTION}
     layers: list[Layer] = []
     rows: list[str] = []

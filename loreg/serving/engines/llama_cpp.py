@@ -39,11 +39,19 @@ def _findings(described: Described, given: Mapping[str, Any]) -> Iterator[Findin
     yield from rules.no_place(described, "refuses", refused, "the conversion to GGUF stops at such a tensor")
     ignored = {"modules_to_save": norms, "base_layer": described.beneath}
     yield from rules.no_place(described, "ignores", ignored, "llama.cpp keeps the base's weight")
-    if heads := [layer.path for layer in described.layers if layer.tied]:
+    tied = [layer for layer in described.layers if layer.tied]
+    if heads := [layer.path for layer in tied if layer.kind != "embedding"]:
         reason = (
-            f"{some(heads)}: the head is the embedding's weight, and the conversion refuses a LoRA on such a head."
+            f"{some(heads)}: the head is the embedding's weight, and the conversion or the server refuses a LoRA on "
+            "such a head."
         )
         yield Finding("refuses", "lm_head", reason, MERGE)
+    if embeddings := [layer.path for layer in tied if layer.kind == "embedding"]:
+        reason = (
+            f"{some(embeddings)}: the embedding is the head's weight too, for which the server takes its factors as "
+            "well, and ends, as they do not fit there."
+        )
+        yield Finding("refuses", "embedding", reason, MERGE)
     for stack, lack in rules.incomplete_experts(described).items():
         yield Finding("refuses", "experts", f"{stack!r} {lack}, and llama.cpp stacks all experts.", MERGE)
     if described.carried:
