@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import engine_servers
 import numpy as np
 import pytest
 import tiny
@@ -102,3 +103,14 @@ def test_a_new_registry(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="Not a directory; choose another place"):
         loreg.open(tmp_path / "file" / "home")
+
+
+def test_serve_push(pushed: loreg.Registry) -> None:
+    """No room for the file that says that the directory is held: the engine is not told of it."""
+    # There is an inode for the lock, for each file of the directory and for its record, and no more.
+    with engine_servers.serving(engine_servers.VLLM()) as engine:
+        with small_disk(pushed.home / "serving", "size=8m,nr_inodes=7") as disk:
+            said = _said(pushed, "serve-push", "sql", "--engine", "vllm", "--url", engine.url)
+            assert ".hold cannot be written: No space left on device" in said
+            assert sorted(path.suffix for path in disk.iterdir()) == ["", ".record"]
+        assert engine.asked == []
