@@ -16,7 +16,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ class Directories:
     def look(self) -> tuple[int, int, int]:
         """How many there are, their bytes, and how many somebody has pinned or holds."""
         found, held = list(self._all()), self._held()
-        used = sum(name in held or self._is_pinned(name) for name, _, _ in found)
+        with self._alone():
+            used = sum(name in held or self._is_pinned(name) for name, _, _ in found)
         return len(found), sum(size for _, _, size in found), used
 
     def sweep(self, but: str | None = None) -> int:
@@ -352,6 +353,16 @@ class Directories:
                     if not file.name.startswith("."):
                         used = file.stat().st_mtime
                         yield file.name.removesuffix(".record"), used, Record.parse(file.read_bytes()).nbytes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One at a time, of all processes: who looks whether a directory is locked, locks it for a moment."""
+        with ExitStack() as stack:
+            with suppress(OSError):  # there is none yet, or nothing can be locked there
+                lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _is_pinned(self, name: str) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -336,3 +337,26 @@ def test_ctrl_c_is_for_one_thread_alone(whose: str) -> None:
     second.join()
     assert sorted(found, key=str) == ([2, "interrupted"] if whose == "maker" else [1, 1, "interrupted"])
     assert tier.statistics.used == 0
+
+
+def test_who_counts_at_once_counts_nobody_else(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory is locked for a moment, here a longer one, by who looks whether it is."""
+    serving.resolve("sql", registry=pushed)
+    used, start, flock = list[int](), threading.Barrier(4), fcntl.flock
+
+    def slow(lock: int, how: int) -> None:
+        flock(lock, how)
+        if how & fcntl.LOCK_NB:
+            time.sleep(0.005)
+
+    def look() -> None:
+        start.wait()
+        used.append(directories.Directories(pushed.home / "serving").look()[2])
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert used == [0, 0, 0, 0]
