@@ -24,7 +24,7 @@ contract-vllm: $(INSTALLED) .vllm/.installed
 	PYTHONPATH=.vllm $(BIN)/python -m pytest tests/engines $(OPTIONS)
 
 # llama.cpp's own conversions and server, built from the sources in llama-cpp-python's sdist (77 MB, a C++ compiler):
-# ten minutes of one core, and then a minute for the tests.
+# ten minutes of one core for the build, two or three for the tests.
 test-llama.cpp: $(INSTALLED) .llama.cpp/.installed
 	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py $(OPTIONS)
 
@@ -62,7 +62,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard loreg/algebra/native/*.c
 .llama.cpp/.installed: tests/engines/llama_cpp.txt
 	rm -rf .llama.cpp
 	$(PYTHON) -m venv .llama.cpp
-	.llama.cpp/bin/python -m pip install --quiet cmake ninja
+	.llama.cpp/bin/python -m pip install --quiet cmake==4.4.5 ninja==1.13.2
 	.llama.cpp/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python \
 		--dest .llama.cpp -r tests/engines/llama_cpp.txt
 	.llama.cpp/bin/python -m tarfile --filter data -e .llama.cpp/llama_cpp_python-*.tar.gz .llama.cpp/unpacked
