@@ -22,7 +22,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def watched(before: Callable[[int], None]) -> Iterator[list[int]]:
     """``before`` is called with the number of each step, which has changed nothing yet. How many there were."""
-    tile, change, steps = Prepared.tile, native.change, [0]
+    tile, change, steps = Prepared.tile, native.Change, [0]
 
     def of(real: Callable[..., Any]) -> Callable[..., Any]:
         def step(*given: Any) -> Any:
@@ -34,7 +34,7 @@ def watched(before: Callable[[int], None]) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Prepared, "tile", of(tile))
-        patch.setattr(native, "change", of(change))
+        patch.setattr(native, "Change", of(change))
         yield steps
 
 

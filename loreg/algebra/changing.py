@@ -8,7 +8,6 @@ where one rounding leaves an element in doubt, it is a tile, computed beside W a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple, TypeAlias
 
@@ -52,31 +51,38 @@ def step_of(rows: Tensor) -> int:
 class Changing:
     """From what ``back`` takes back to what ``forth`` gives; None: nothing is taken back, or nothing applied.
 
-    Both are of one weight, in ``space`` for one thread; ``forth`` is prepared for residuals.
+    Both are of one weight, in ``space`` for one thread; ``forth`` is prepared for residuals. ``torn``: rows were
+    changed, and what undoes that may be recorded nowhere.
     """
 
     def __init__(self, back: Prepared | Stacked | None, forth: Prepared | Stacked | None, space: Space) -> None:
         self._back, self._forth, self._space = back, forth, space
+        self.torn = False
 
-    def rows(self, W: Tensor, first: int, kept: Kept | None) -> Iterator[Step]:
-        """Changes ``W``, contiguous, which is the weight's rows (a vector's elements) from the ``first`` on.
+    def step(self, W: Tensor, first: int, kept: Kept | None) -> Step:
+        """Changes the first rows of ``W``, which is the weight's rows (a vector's elements) from the ``first`` on, at
+        least one; ``kept`` undoes what was done in them before; None: nothing was.
 
-        ``kept`` undoes what was done in them before; None: nothing was. Yields each time that rows are changed:
-        whatever is raised, those that follow are as they were. Raises what ``Prepared.tile`` does.
+        ``recorded`` is to be called once what this returns is. Whatever is raised, W is as it was, unless ``torn``.
+        Raises what ``Prepared.tile`` does.
         """
-        while len(W):
-            step = self._called(W, first, kept)
-            if step is not None:
-                yield step
-                self._part_with(step.fresh)
-            else:
-                step = self._tiled(W, first, kept)
-                yield step
-            W, first, kept = W[step.rows :], first + step.rows, step.rest
+        if isinstance(kept, Corrections):
+            kept = kept.to(W.device)
+        return self._called(W, first, kept) or self._tiled(W, first, kept)
+
+    def recorded(self, step: Step) -> None:
+        """What undoes it leaves the workspace, where the next step computes."""
+        self.torn = False
+        try:
+            if isinstance(step.fresh, Corrections):
+                step.fresh.move_out()
+        except BaseException:
+            self._space.second = Workspace()  # what was there belongs to those now
+            raise
 
     def _called(self, W: Tensor, first: int, kept: Kept | None) -> Step | None:
         """None where that is not possible for the first of these rows."""
-        if W.device.type != "cpu" or W.ndim != 2 or not W.numel() or isinstance(kept, Tensor):
+        if isinstance(kept, Tensor) or not _is_callable(W, kept):
             return None
         W = W[: max(1, _CALL_ELEMENTS // W.shape[1])]
         ends = list[native.End | None]()
@@ -86,27 +92,21 @@ class Changing:
                 return None
             W = W if end is None else W[: end.rows]
             ends.append(end)
+        old, start = ((), 0) if kept is None else (kept.tensors, kept.start)
+        change = native.Change(W, ends[0], old, start, ends[1], self._space.second)
         if not W.is_inference():
             torch.autograd.graph.increment_version(W)  # what torch does not do, it does not count
-        old, start = ((), 0) if kept is None else (kept.tensors, kept.start)
-        found = native.change(W, ends[0], old, start, ends[1], self._space.second)
-        if not found.rows:
+        self.torn = True
+        rows = change.run()
+        if not rows:
+            self.torn = False
             return None
-        rest = None if kept is None else kept.after(found.rows * W.shape[1], *found.used)
-        return Step(found.rows, Corrections(*found.fresh) if self._forth else None, rest)
-
-    def _part_with(self, fresh: Kept | None) -> None:
-        """From the workspace, in which it is."""
-        try:
-            if isinstance(fresh, Corrections):
-                fresh.move_out()
-        except BaseException:
-            self._space.second = Workspace()  # what was there belongs to those now
-            raise
+        rest = None if kept is None else kept.after(rows * W.shape[1], *change.used)
+        return Step(rows, Corrections(*change.fresh) if self._forth else None, rest)
 
     def _tiled(self, W: Tensor, first: int, kept: Kept | None) -> Step:
-        W, rest = W[: step_of(W)], None
-        if kept is not None:
+        height, W, rest = len(W), W[: step_of(W)], None
+        if kept is not None and len(W) < height:
             kept, rest = _divided(kept, W.numel())
         space, base = self._space, W
         if isinstance(kept, Tensor):
@@ -115,8 +115,9 @@ class Changing:
             assert self._back is not None
             base = space.first.take("out", W.numel(), W.dtype, W.device).view(W.shape)
             self._back.tile(W, first, base)
-            kept.to(W.device).add_to(base.view(-1))
+            kept.add_to(base.view(-1))
         if self._forth is None:
+            self.torn = True
             W.copy_(base)
             return Step(len(W), None, rest)
         out = space.second.take("out", W.numel(), W.dtype, W.device).view(W.shape)
@@ -124,8 +125,14 @@ class Changing:
         fresh: Kept = Corrections.of(small, self._forth.tile(base, first, out, small.view(W.shape)))
         if fresh.nbytes >= W.nbytes:
             fresh = base.clone()
+        self.torn = True
         W.copy_(out)
         return Step(len(W), fresh, rest)
+
+
+def _is_callable(W: Tensor, kept: Corrections | None) -> bool:
+    plain = W.device.type == "cpu" and W.ndim == 2 and W.is_contiguous() and 0 < W.shape[1] < 2**31 - 1
+    return plain and (kept is None or kept.index.dtype == torch.int32)
 
 
 def _divided(kept: Kept, elements: int) -> tuple[Kept, Kept]:

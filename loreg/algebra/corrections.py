@@ -92,7 +92,7 @@ class Corrections:
         """W in the place of what was predicted for it (1-D, contiguous, on the device of these), all or nothing.
         Waits for no device."""
         words, both = bits(predicted), ((self.index, self.by), (self.wide_index, self.wide))
-        if predicted.itemsize in (2, 4) and _is_compiled(words):
+        if predicted.itemsize in (2, 4) and self.index.dtype == torch.int32 and _is_compiled(words):
             for index, by in both:
                 native.move(words, index, by, self.start)
             return

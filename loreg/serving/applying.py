@@ -21,7 +21,7 @@ from loreg.algebra.changing import Changing, Kept, Space, step_of
 from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked, WeightedSum
 from loreg.algebra.rounding import Workspace
-from loreg.errors import BadInput
+from loreg.errors import BadInput, CheckFailed
 from loreg.format.methods import METHODS
 from loreg.merge.combining import Combining
 from loreg.merge.inputs import values
@@ -99,6 +99,7 @@ class Editing:
         self.pieces: list[Piece] = []
         self.turn = threading.Lock()
         self.over = False  # by its undoing: nothing may apply it then
+        self.torn = False  # nothing may be taken back then
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +131,7 @@ class Editing:
         value, rows = self.edit.load(before), self.rows(weight)
         prepared = self._prepare(value, weight, space.first, residual=original is None)
         if original is None:
-            _advance(rows, _all(rows), Changing(None, prepared, space), self.pieces)
+            self._advance(_all(rows), Changing(None, prepared, space), self)
             return
         # What an edit of the base's own values did is not known without them [U2].
         self.pieces.append(Piece(0, len(rows), original))
@@ -148,14 +149,37 @@ class Editing:
             weight = self.edit.target.place.weight
             predicts = any(isinstance(piece.kept, Corrections) for piece in self.pieces)
             back = self._prepared(weight, space.first, back=True) if predicts else None
-            _advance(self.rows(weight), self.pieces, Changing(back, None, space))
+            self._advance(self.pieces, Changing(back, None, space))
 
     @torch.inference_mode()
     def give_way(self, other: Editing, space: Space) -> None:
         """Each row that this has edited is taken back and edited by ``other``, of the same tensor; both ``tiled``."""
         weight = self.edit.target.place.weight
         back, forth = self._prepared(weight, space.first, back=True), other._prepared(weight, space.second)
-        _advance(self.rows(weight), self.pieces, Changing(back, forth, space), other.pieces)
+        self._advance(self.pieces, Changing(back, forth, space), other)
+
+    def _advance(self, todo: list[Piece], changing: Changing, other: Editing | None = None) -> None:
+        """Changes what is to do, from the last piece on: each step takes rows from there, and adds them to the pieces
+        of ``other``."""
+        if self.torn:
+            raise CheckFailed(
+                f"{self.edit.target.place.name!r} was changed by a step that failed before what undoes it was kept: "
+                "load the model again."
+            )
+        rows = self.rows(self.edit.target.place.weight)
+        try:
+            while todo:
+                first, height, kept = todo[-1]
+                step = changing.step(rows[first : first + height], first, kept)
+                if other is not None and step.fresh is not None:
+                    other.pieces.append(Piece(first, step.rows, step.fresh))
+                first, height = first + step.rows, height - step.rows
+                todo[-1:] = [Piece(first, height, step.rest)] if height else []
+                changing.recorded(step)
+        except BaseException:
+            for editing in (self, other or self):
+                editing.torn |= changing.torn
+            raise
 
     @property
     def tiled(self) -> bool:
@@ -174,7 +198,7 @@ class Editing:
     def rows(self, weight: Tensor) -> Tensor:
         """The weight as rows, those of a stack counted through all of it."""
         view = self.edit.view
-        return weight.view(-1, view[-1]) if len(view) > 1 else weight.view(-1)
+        return weight.view(-1, view[-1]) if len(view) > 1 and weight.numel() else weight.view(-1)
 
     def _prepared(self, weight: Tensor, workspace: Workspace, back: bool = False) -> Prepared | Stacked:
         """The edit, or what takes it back, of one that reads nothing of the weight."""
@@ -189,17 +213,6 @@ class Editing:
             view, weight.dtype, weight.dtype, weight.device, workspace=workspace, residual=residual,
             tile_rows_hint=step_of(self.rows(weight)) if on_device else None,
         )  # fmt: skip
-
-
-def _advance(rows: Tensor, todo: list[Piece], changing: Changing, done: list[Piece] | None = None) -> None:
-    """Changes what is to do, from the last piece on; each step takes it from there, and adds to what is done."""
-    while todo:
-        first, height, kept = todo[-1]
-        for step in changing.rows(rows[first : first + height], first, kept):
-            if done is not None:
-                done.append(Piece(first, step.rows, step.fresh))
-            first, height = first + step.rows, height - step.rows
-            todo[-1:] = [Piece(first, height, step.rest)] if height else []
 
 
 def _all(rows: Tensor, step: int | None = None) -> list[Piece]:

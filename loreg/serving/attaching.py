@@ -213,6 +213,7 @@ class Live:
         given to it was called, which says that all parameters are as they were, or none was changed."""
         was, whole = (self._merged, self._given, self._state), False
         tensors = [edit.target.place.tensor for edit in ready.edits]
+        tensors += self._merged.tensors.values() if self._merged is not None else ()
         before = [state_of(tensor) for tensor in tensors]
 
         def back() -> None:

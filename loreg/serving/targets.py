@@ -244,7 +244,7 @@ class Leaves:
 
     def _leaf(self, tensor: torch.Tensor) -> Digest:
         hasher = Hasher(threads=Hasher.ALL)
-        raw = to_memory(tensor.cpu())
+        raw = to_memory(tensor.cpu().contiguous())
         hasher.update(raw)
         dtype = NAMES.get(tensor.dtype, str(tensor.dtype))
         return BaseTensor(self._name, dtype, tuple(tensor.shape), len(raw), hasher.digest()).leaf

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from live_models import bytes_of, module_of
 
 import loreg
 from loreg import serving
@@ -72,3 +73,15 @@ def test_rows_with_dora_and_trained_biases_are_served_on_the_device(served: Serv
         there = model(batch.to("cuda"))
     expected = served.expected(rows, batch)
     assert there.is_cuda and (there.cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_a_merge_on_the_device_is_taken_back_where_the_model_went(pushed: loreg.Registry, tmp_path: Path) -> None:
+    """And one on the CPU on the device."""
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    before = bytes_of(model)
+    for there, here in (("cuda", "cpu"), ("cpu", "cuda")):
+        model.to(there)
+        merged = serving.merge_(model, "sql", pushed)
+        model.to(here)
+        serving.unmerge_(model, merged)
+        assert bytes_of(model.cpu()) == before

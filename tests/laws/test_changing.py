@@ -18,7 +18,8 @@ from loreg.algebra.rounding import bits
 from loreg.errors import BadInput
 
 pytestmark = pytest.mark.usefixtures("engine")
-Pieces = list[tuple[int, int, Kept | None]]
+Piece = tuple[int, int, Kept | None]
+Pieces = list[Piece]
 WIDTHS = [width for width in (16, 32, 64) if width <= native.vector_bytes] or [0]
 """Of vectors that this processor has."""
 
@@ -34,6 +35,20 @@ def at_once(elements: int, width: int = WIDTHS[-1]) -> Iterator[None]:
         yield
 
 
+def stepped(
+    changing: Changing, W: torch.Tensor, first: int, kept: Kept | None
+) -> Iterator[tuple[int, int, Kept | None]]:
+    """All rows; what undoes them is never more than they are."""
+    row = W[0].nbytes
+    while len(W):
+        step = changing.step(W, first, kept)
+        assert changing.torn
+        yield first, step.rows, step.fresh
+        changing.recorded(step)
+        assert not changing.torn and (step.fresh is None or step.fresh.nbytes <= step.rows * row)
+        W, first, kept = W[step.rows :], first + step.rows, step.rest
+
+
 def change(W: torch.Tensor, pieces: Pieces, back: WeightedSum | None, forth: WeightedSum | None) -> Pieces:
     """What undoes it; of a stack, rows are counted through all of it."""
     space, done = Space(), Pieces()
@@ -44,9 +59,7 @@ def change(W: torch.Tensor, pieces: Pieces, back: WeightedSum | None, forth: Wei
     ]
     changed = Changing(*ends, space)
     for first, height, kept in reversed(pieces):
-        for step in changed.rows(rows[first : first + height], first, kept):
-            done.append((first, step.rows, step.fresh))
-            first += step.rows
+        done += stepped(changed, rows[first : first + height], first, kept)
     assert sum(height for _, height, _ in done) == len(rows)
     return done
 
@@ -137,8 +150,49 @@ def test_what_is_refused_is_as_it_was(dtype: torch.dtype, value: float, row: int
     prepared = (edit if value > 1e38 and value != float("inf") else plain).prepare(
         W.shape, dtype, dtype, "cpu", residual=True
     )
+    changed = Changing(None, prepared, Space())
     with at_once(size), pytest.raises(BadInput, match="element"):
-        for step in Changing(None, prepared, Space()).rows(W, 0, None):
-            pieces.append((first, step.rows, step.fresh))
-            first += step.rows
+        for piece in stepped(changed, W, 0, None):
+            pieces.append(piece)
+            first += piece[1]
+    assert not changed.torn
     assert torch.equal(bits(W[first:]), bits(base[first:])) and first <= row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 4096), (3, 2**17 + 8), (300, 33)])
+def test_far_corrections_of_nearly_every_element(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The originals are kept where they take less."""
+    random = torch.Generator().manual_seed(1)
+    base = torch.randn(shape, generator=random).mul(1e-6).to(dtype)
+    base[: shape[0] // 2] = 0
+    one, two = (_edit(shape, 3, 1.0, random) for _ in range(2))
+    W = base.clone()
+    pieces = change(W, [(0, len(W), None)], None, one)
+    pieces = change(W, pieces, -one, two)
+    assert torch.equal(bits(W), bits(two.apply(base)))
+    change(W, pieces, -two, None)
+    assert torch.equal(bits(W), bits(base))
+
+
+def test_places_in_more_than_32_bits() -> None:
+    """Of which a part is on the CPU."""
+    none = torch.empty(0, dtype=torch.int64)
+    places, by = torch.tensor([3, 10, 500]), torch.tensor([1, 2, 3], dtype=torch.int8)
+    found = torch.ones(1000, dtype=torch.bfloat16)
+    Corrections.at(places, by, none, none, 2**31).before(400).add_to(found)
+    assert (bits(found) - bits(torch.ones(1000).bfloat16())).nonzero()[:, 0].tolist() == [3, 10]
+
+
+def test_what_undoes_it_comes_to_where_the_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model that was on another device when it was merged into; here one without memory."""
+    random = torch.Generator().manual_seed(1)
+    base, edit = torch.randn(30, 20, generator=random).bfloat16(), _edit((30, 20), 2, 0.1, random)
+    W = base.clone()
+    ((first, height, kept),) = change(W, [(0, 30, None)], None, edit)
+    assert isinstance(kept, Corrections)
+    there = Corrections(*(x.to("meta") for x in kept.tensors))
+    brought = {there: kept, kept: kept}
+    monkeypatch.setattr(Corrections, "to", lambda self, device: brought[self] if device == W.device else None)
+    change(W, [(first, height, there)], -edit, None)
+    assert torch.equal(bits(W), bits(base))

@@ -277,6 +277,29 @@ def test_no_memory_for_what_undoes_a_step_that_is_done(
     assert step > 3
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_that_is_not_recorded_loses_the_model(
+    pushed: loreg.Registry, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Rows are changed, and an error comes before what undoes that is kept: rather lost, in words, than wrong."""
+    live, steps_done = serving.attach(model, pushed, threads=threads), [0]
+    live.apply("sql")
+
+    def piece(*given: Any) -> applying.Piece:
+        steps_done[0] += 1
+        if steps_done[0] == 2:
+            raise MemoryError
+        return real(*given)
+
+    real = applying.Piece
+    monkeypatch.setattr(applying, "Piece", piece)
+    with pytest.raises((MemoryError, CheckFailed)):
+        live.swap("humor")
+    for use in (lambda: live.swap("sql"), lambda: live.restore(), lambda: live.reading().__enter__()):
+        with pytest.raises(Conflict, match="load the model again"):
+            use()
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_where_the_way_back_fails_too_the_model_is_not_used(
     pushed: loreg.Registry, tmp_path: Path, inference: bool

@@ -25,7 +25,7 @@ from loreg.algebra.passes import UNSURE
 from loreg.algebra.rounding import Workspace, bits
 from loreg.errors import BadInput, BaseMismatch, Conflict, LoregError, NotFound, Unsupported, UsageError
 from loreg.serving import applying
-from loreg.serving.live import prepare
+from loreg.serving.live import Merged, prepare
 
 Bytes = dict[str, tuple[str, bytes]]
 BIAS = f"{tiny.Q}.bias"
@@ -327,6 +327,31 @@ def test_an_interrupted_unmerge_goes_on(pushed: loreg.Registry, tmp_path: Path) 
     assert bytes_of(model) != before
     serving.unmerge_(model, merged)
     assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize(
+    "laid", [lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]]]
+)
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.usefixtures("engine")
+def test_parameters_that_were_laid_out_otherwise_since(
+    pushed: loreg.Registry, tmp_path: Path, laid: Callable[[torch.Tensor], torch.Tensor], live: bool
+) -> None:
+    model = module_of(tiny.tensors_in(tmp_path / "base"))
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    attached = serving.attach(model, pushed)
+    merged = attached.apply("sql") if live else serving.merge_(model, "sql", pushed)
+    for one in model.parameters():
+        if one.ndim == 2:
+            one.data = laid(one.data)
+            assert not one.is_contiguous()
+    if live:
+        attached.restore()
+    else:
+        assert isinstance(merged, Merged)
+        serving.unmerge_(model, merged)
+    for name, one in model.named_parameters():
+        assert torch.equal(one.detach(), before[name]), name
 
 
 def test_threads_and_torchs_own_number_of_them(pushed: loreg.Registry, tmp_path: Path) -> None:

@@ -84,7 +84,6 @@ class _Change(ctypes.Structure):
         ("W", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "high", "start")),
         *((name, _Kept) for name in ("old", "fresh")),
-        *((name, ctypes.c_int64) for name in ("room", "far_room")),
         *((name, ctypes.c_void_p) for name in ("base", "out", "small")),
     )
 
@@ -238,7 +237,6 @@ class Fused:
 
 _AT_ONCE = 2**16
 """Elements that are changed at once: what is read and made of them stays in the second-level cache."""
-_FAR = 2**17
 
 
 class End(NamedTuple):
@@ -249,47 +247,63 @@ class End(NamedTuple):
     rows: int
 
 
-class Changed(NamedTuple):
-    """How many rows were changed; how many corrections belong to them, and far ones; and those that undo it:
-    ``Corrections``."""
-
-    rows: int
-    used: tuple[int, int]
-    fresh: tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def change(
-    W: Tensor, back: End | None, kept: tuple[Tensor, ...], start: int, forth: End | None, workspace: Workspace
-) -> Changed:
+class Change:
     """Rows of a weight changed where they lie, from the first of ``W`` on: ``back``, with the corrections ``kept`` by
     ascending places from ``start`` on, gives what was there before, and ``forth`` what is to be there. None: nothing.
-    Ends before rows in which something stays in doubt, or which would have to be corrected too often.
 
     ``W``: bfloat16 or float32 (both edits' dtypes), contiguous, on the CPU, of less than 2³¹ elements, at least one.
     What undoes it is in memory of ``workspace``.
     """
-    rows, cols = W.shape
-    high = min(rows, max(_ROWS, _AT_ONCE // cols // _ROWS * _ROWS))
-    size = high * cols
-    room, far_room = 2 * rows * cols // 5 + size + _FEW, size + _FAR
-    sizes = (
-        *(("base", size, W.dtype), ("out", size, W.dtype), ("small", size, torch.int8)),
-        *(("index", room, torch.int32), ("by", room, torch.int8)),
-        *((name, far_room, torch.int64) for name in ("far index", "far")),
-    )
-    base, out, small, *fresh = (workspace.take(f"changed {name}", n, dtype, _CPU) for name, n, dtype in sizes)
-    task = _Change(
-        W=W.data_ptr(), rows=rows, cols=cols, high=high, start=start, room=room, far_room=far_room,
-        base=base.data_ptr(), out=out.data_ptr(), small=small.data_ptr(), fresh=_kept(fresh, 0, 0),
-    )  # fmt: skip
-    if back is not None:
-        task.back, task.old = ctypes.pointer(back.fused.task(back.first)), _kept(kept, len(kept[0]), len(kept[2]))
-    if forth is not None:
-        task.forth = ctypes.pointer(forth.fused.task(forth.first))
-    done = _function(f"change_{_NAMES[W.dtype]}")(ctypes.byref(task))
-    near, far = task.fresh.count, task.fresh.far_count
-    found = fresh[0][:near], fresh[1][:near], fresh[2][:far], fresh[3][:far]
-    return Changed(done, (task.old.count, task.old.far_count), found)
+
+    def __init__(
+        self,
+        W: Tensor,
+        back: End | None,
+        kept: tuple[Tensor, ...],
+        start: int,
+        forth: End | None,
+        workspace: Workspace,
+    ) -> None:
+        rows, cols = W.shape
+        high = min(rows, max(_ROWS, _AT_ONCE // cols // _ROWS * _ROWS))
+        size = high * cols
+        # As much as the rows themselves take, and what the last ones may take beyond that.
+        room, far_room = (rows * cols * W.itemsize // each + size + _FEW for each in (5, 16)) if forth else (0, 0)
+        sizes = (
+            *(("base", size, W.dtype), ("out", size, W.dtype), ("small", size, torch.int8)),
+            *(("index", room, torch.int32), ("by", room, torch.int8)),
+            *((name, far_room, torch.int64) for name in ("far index", "far")),
+        )
+        memory = [workspace.take(f"changed {name}", n, dtype, _CPU) for name, n, dtype in sizes]
+        base, out, small = (tensor.data_ptr() for tensor in memory[:3])
+        self._task = _Change(
+            W=W.data_ptr(), rows=rows, cols=cols, high=high, start=start, base=base, out=out, small=small,
+            fresh=_kept(memory[3:], 0, 0),
+        )  # fmt: skip
+        if back is not None:
+            self._task.back = ctypes.pointer(back.fused.task(back.first))
+            self._task.old = _kept(kept, len(kept[0]), len(kept[2]))
+        if forth is not None:
+            self._task.forth = ctypes.pointer(forth.fused.task(forth.first))
+        self._function = _function(f"change_{_NAMES[W.dtype]}")
+        self._fresh, self._held = memory[3:], (W, back, kept, forth, memory)  # which the task points to
+
+    def run(self) -> int:
+        """How many rows it has changed. Ends before rows in which something stays in doubt, or what undoes them would
+        take more than they do."""
+        return self._function(ctypes.byref(self._task))
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """How many of ``kept`` belong to those rows, and how many far ones."""
+        return self._task.old.count, self._task.old.far_count
+
+    @property
+    def fresh(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What undoes ``forth`` in them: ``Corrections``."""
+        near, far = self._task.fresh.count, self._task.fresh.far_count
+        index, by, far_index, far_by = self._fresh
+        return index[:near], by[:near], far_index[:far], far_by[:far]
 
 
 def _kept(tensors: Sequence[Tensor], near: int, far: int) -> _Kept:

@@ -635,14 +635,13 @@ MOVE(loreg_move_32_64, F32, int64_t, int64_t)
 struct kept { int32_t *index; int8_t *by; int64_t count, *far_index, *far, far_count; };
 
 /* Takes `back` out of rows of W, with what is kept of it in `old`, and applies `forth`, which is taken back by what is
- * added to `fresh`: as far as that has room, of `room` corrections and `far_room` far ones. Either may be null. The
- * places of `old` are counted from `start`. `base`, `out`, `small`: room for `high` rows. */
+ * added to `fresh`, which has room for as many bytes as these rows have, and for what `high` more rows may need. Either
+ * may be null. The places of `old` are counted from `start`. `base`, `out`, `small`: room for `high` rows. */
 struct change {
     const struct task *back, *forth;
     void *W;
     int64_t rows, cols, high, start;
     struct kept old, fresh;
-    int64_t room, far_room;
     void *base, *out;
     int8_t *small;
 };
@@ -666,15 +665,18 @@ INLINE int passed(pass *run, const struct task *given, int64_t *looked, int64_t 
     return 1;
 }
 
-/* By ascending index (Shell's sort): few, or in runs that ascend. */
+/* By ascending index (Shell's sort; gaps that are powers of two would compare the same columns of rows). */
 static void arrange(int64_t *index, int64_t *by, int64_t n)
 {
-    for (int64_t gap = n / 2; gap > 0; gap /= 2)
+    for (int64_t gap = n * 5 / 11; n > 1; gap = gap == 2 ? 1 : gap * 5 / 11) {
+        if (gap < 1) gap = 1;
         for (int64_t i = gap; i < n; i++) {
             int64_t at = index[i], value = by[i], k = i;
             for (; k >= gap && index[k - gap] > at; k -= gap) index[k] = index[k - gap], by[k] = by[k - gap];
             index[k] = at, by[k] = value;
         }
+        if (gap == 1) return;
+    }
 }
 
 /* Returns how many rows are changed. Those that follow are as they were, and `old.count` and `old.far_count` are of what
@@ -699,15 +701,17 @@ static void arrange(int64_t *index, int64_t *by, int64_t n)
                     moved(DTYPE, base, old->far_index[far] - c->start - start, old->far[far]);                        \
             }                                                                                                         \
             if (c->forth) {                                                                                           \
-                if (fresh->count + n + FEW > c->room || fresh->far_count + n > c->far_room) break;                    \
                 if (!passed(PASS, c->forth, &looked[1], i, h, last, c->out, c->small, &wide)) break;                  \
                 arrange(wide.index, wide.by, wide.count);                                                             \
                 for (int64_t k = 0; k < wide.count; k++) {                                                            \
                     c->small[wide.index[k]] = 0;                                                                      \
-                    fresh->far_index[fresh->far_count] = start + wide.index[k];                                       \
-                    fresh->far[fresh->far_count++] = wide.by[k];                                                      \
+                    fresh->far_index[fresh->far_count + k] = start + wide.index[k];                                   \
+                    fresh->far[fresh->far_count + k] = wide.by[k];                                                    \
                 }                                                                                                     \
-                fresh->count += listed(c->small, n, start, fresh->index + fresh->count, fresh->by + fresh->count);    \
+                int64_t more = listed(c->small, n, start, fresh->index + fresh->count, fresh->by + fresh->count);     \
+                int64_t size = 5 * (fresh->count + more) + 16 * (fresh->far_count + wide.count);                      \
+                if (size > (int64_t)sizeof *W * (start + n)) break;                                                   \
+                fresh->count += more, fresh->far_count += wide.count;                                                 \
                 last = c->out;                                                                                        \
             }                                                                                                         \
             if (last != W) memcpy(W, last, n * sizeof *W);                                                            \
