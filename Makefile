@@ -7,7 +7,7 @@ BIN := .venv/bin
 JOBS ?= logical
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-vllm contract-vllm test-llama.cpp lint types bench clean
+.PHONY: demo test test-vllm contract-vllm test-llama.cpp test-sglang lint types bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,10 @@ contract-vllm: $(INSTALLED) .vllm/.installed
 # ten minutes of one core for the build, two or three for the tests.
 test-llama.cpp: $(INSTALLED) .llama.cpp/.installed
 	$(BIN)/python -m pytest tests/engines/test_llama_cpp.py $(OPTIONS)
+
+# serve-push and a real SGLang server, on the CPU, with stand-ins for what is CUDA's: minutes, and 2.3 GB in .venv-sglang.
+test-sglang: .venv-sglang/.installed
+	.venv-sglang/bin/python -m pytest tests/engines $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -50,6 +54,12 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard loreg/algebra/native/*.c
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -r tests/engines/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv-sglang/.installed: pyproject.toml tests/engines/requirements-sglang.txt
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --no-deps -r tests/engines/requirements-sglang.txt
+	.venv-sglang/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 .vllm/.installed: $(INSTALLED) tests/engines/requirements.txt

@@ -98,32 +98,84 @@ class VLLM(Engine):
 
 
 class SGLang(Engine):
-    """``entrypoints/http_server.py``, ``managers/tokenizer_control_mixin.py``, ``lora/lora_manager.py`` and
-    ``lora/lora_registry.py`` in ``sglang/srt`` of SGLang 0.5.23."""
+    """``entrypoints/http_server.py``, ``managers/tokenizer_control_mixin.py``, ``managers/tokenizer_manager.py``,
+    ``lora/lora_manager.py`` and ``lora/lora_registry.py`` in ``sglang/srt`` of SGLang 0.5.23, and what a server of it
+    answered (``tests/engines/test_sglang_server.py``).
+
+    ``drain``: seconds for which an unload waits for requests that run.
+    """
+
+    enabled = True
+    drain = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remembered: dict[str, str] = {}
+        self.line, self.turn, self.moved = 0, 0, threading.Condition()
+
+    @contextmanager
+    def in_line(self) -> Iterator[None]:
+        """``lora_update_lock``, which is had in the order in which it was asked for."""
+        with self.moved:
+            mine, self.line = self.line, self.line + 1
+            self.moved.wait_for(lambda: self.turn == mine)
+        try:
+            yield
+        finally:
+            with self.moved:
+                self.turn += 1
+                self.moved.notify_all()
+
+    def use(self, name: str) -> str | None:
+        """The path by which a request for the adapter is answered: what was unloaded is loaded again."""
+        if name not in self.held and name in self.remembered:
+            path = self.remembered[name]
+            with suppress(Refused):
+                self.load(name, path)
+        return self.held.get(name)
+
+    def load(self, name: str, path: str) -> None:
+        with self.in_line():
+            if name in self.held:
+                self.refuse(f"Failed to load LoRA adapter {name} because it is already loaded")
+            if problem := self.problem(path):
+                self.refuse(problem)
+            self.held[name] = self.remembered[name] = path
 
     def post(self, path: str, body: dict[str, Any], headers: Any) -> Reply:
         if path not in ("/load_lora_adapter", "/unload_lora_adapter"):
             return self.nowhere()
         self.require(body, lora_name=str)
         name = body["lora_name"]
-        if path == "/unload_lora_adapter":
-            if name not in self.held:
-                self.refuse(f"LoRA with name {name} does not exist. Loaded LoRAs: {self.held.keys()}")
-            del self.held[name]
+        if path == "/load_lora_adapter":
+            self.require(body, lora_path=str)
+        if not self.enabled:
+            self.refuse("LoRA is not enabled. Please set `--enable-lora` to enable LoRA.")
+        if path == "/load_lora_adapter":
+            self.load(name, body["lora_path"])
             return self.done()
-        self.require(body, lora_path=str)
-        if name in self.held:
-            self.refuse(f"Failed to load LoRA adapter {name} because it is already loaded")
-        if problem := self.problem(body["lora_path"]):
-            self.refuse(problem)
-        self.held[name] = body["lora_path"]
+        with self.in_line():
+            if self.held.pop(name, None) is None:
+                self.refuse(f"LoRA with name {name} does not exist. Loaded LoRAs: odict_{self.held.keys()}")
+            time.sleep(self.drain)
         return self.done()
 
+    def require(self, body: dict[str, Any], **types: type) -> None:
+        try:
+            super().require(body, **types)
+        except Refused as error:
+            said = f"1 validation error:\n  {error.body['detail'][0]}"
+            raise Refused(400, {"object": "error", "message": said, "type": "Bad Request", "code": 400}) from None
+
     def done(self) -> Reply:
-        return 200, {"success": True, "error_message": None, "loaded_adapters": dict(self.held)}, {}
+        return 200, self.result(True, "", dict(self.held)), {}
 
     def refuse(self, message: str) -> None:
-        raise Refused(400, {"success": False, "error_message": message, "loaded_adapters": None})
+        raise Refused(400, self.result(False, message, None))
+
+    def result(self, success: bool, message: str, loaded: dict[str, str] | None) -> dict[str, Any]:
+        fields = {"success": success, "error_message": message, "loaded_adapters": loaded}
+        return {"rid": None, "http_worker_ipc": None, **fields}
 
 
 class LoRAX(Engine):

@@ -33,6 +33,7 @@ _DONE = {
 @click.option("--engine", metavar="E", required=True, help="vllm, sglang, lorax, tensorrt-llm or llama.cpp.")
 @click.option("--url", metavar="URL", required=True, help="Where it serves, such as http://gpu1:8000.")
 @click.option("--name", metavar="N", help="What requests are to call it. [default: the name in REF]")
+@click.option("--base", metavar="B", help="What it serves, a name, path or Hub id: a version of another is refused.")
 @click.option("--unload", is_flag=True, help="Take out what the engine has under that name.")
 @click.option(
     "--limit",
@@ -50,6 +51,7 @@ def serve_push(
     engine: str,
     url: str,
     name: str | None,
+    base: str | None,
     unload: bool,
     given: dict[str, Any],
     timeout: float | None,
@@ -74,6 +76,7 @@ def serve_push(
             url,
             registry,
             name=name,
+            base=base,
             unload=unload,
             key=os.environ.get(_KEY) or None,
             timeout=pushing.TIMEOUT if timeout is None else timeout,

@@ -1,6 +1,7 @@
 """``push``: have a running engine load a version by its HTTP interface, or let go of it.
 
-    push("sql:prod", "sglang", "http://gpu1:30000")            # requests then name the model "sql"
+    push("sql:prod", "vllm", "http://gpu1:8000").request      # {"model": "sql"}, in requests from then on
+    push("sql:prod", "sglang", "http://gpu1:30000").request   # {"lora_path": "sql"}
     push("sql:prod", "sglang", "http://gpu1:30000", unload=True)
 
 The engine is told a path: it has to see the same directory under the same path, on a shared disk or on this machine.
@@ -28,7 +29,8 @@ from loreg.serving.defaults import default_registry
 from loreg.serving.directories import Directories, Hold, Holder
 from loreg.serving.preflight import limits_of, preflight
 from loreg.serving.resolving import Resolver
-from loreg.serving.speaking import SPEAKERS, Adapter, Speaker
+from loreg.serving.speaking import SPEAKERS
+from loreg.serving.telling import Adapter, Speaker
 from loreg.serving.twins import in_thread
 from loreg.staging import scratch
 
@@ -66,6 +68,7 @@ def push(
     registry: Registry | None = None,
     *,
     name: str | None = None,
+    base: str | Path | Digest | None = None,
     unload: bool = False,
     key: str | None = None,
     timeout: float = TIMEOUT,
@@ -75,12 +78,14 @@ def push(
     """Load the version into the engine at ``url`` under ``name`` (default: the name in the reference), in place of
     what it has under that name; or take out what it has under it, with ``unload``.
 
-    ``limits``: how the engine was started, as ``preflight`` takes them: what it would refuse, misread or ignore is
-    refused here, and what the folded form mends is given it in that form. Again is the same: what the engine has
-    already it is not told anew. vLLM swaps the name in one step; SGLang is told to let go of the old one first, and
-    gets it back if it refuses the new one. ``key``: a bearer token. ``timeout``: seconds for all of it. ``retries``:
-    of what may pass, such as a connection that is refused or an engine that is overloaded; each begins with a look
-    at what the engine has.
+    ``base``: what the engine serves, as ``resolve`` takes it: a version of another is refused before the engine is
+    told. Without it nothing is compared: what an engine calls its model need not be a name of one here. ``limits``:
+    how the engine was started, as ``preflight`` takes them: what it would refuse, misread or ignore is refused here,
+    and what the folded form mends is given it in that form. Again is the same: what the engine has already it is not
+    told anew. vLLM swaps the name in one step; SGLang is told to let go of the old one first, and gets it back if it
+    refuses the new one. ``key``: a bearer token. ``timeout``: seconds for all of it. ``retries``: of what may pass,
+    such as a connection that is refused or an engine that is overloaded; each begins with a look at what the engine
+    has.
 
     The directory stays for the engine, whatever the limits of a ``Cache``: that is recorded before the engine is told
     of it, and ends with the ``unload``, with another version in its place, or where the engine certainly has not got
@@ -90,7 +95,8 @@ def push(
 
     Raises Unsupported for an engine that cannot be told, and for a version that it would not serve right; RemoteError
     with what the engine says; Conflict if another push to it is not done in time; CheckFailed if it cannot be
-    recorded that the directory stays: then nothing is loaded; NotFound, UsageError, and what ``resolve`` raises.
+    recorded that the directory stays: then nothing is loaded; BaseMismatch, NotFound, UsageError, and what
+    ``resolve`` raises.
     """
     if engine not in SPEAKERS:
         raise UsageError(f"{engine!r} is no engine that can be pushed to: expected one of {', '.join(SPEAKERS)}.")
@@ -106,7 +112,7 @@ def push(
             chosen = _name(reference, name)
         else:
             chosen = Reference.parse(reference).name or registry.find(reference).name
-        errand = _Errand(registry, speaker, reference, chosen, retries)
+        errand = _Errand(registry, speaker, reference, chosen, retries, base)
         with errand.alone(even_so=unload):
             adapter, done = errand.unload() if unload else errand.load(limits)
         timer.labels["outcome"] = done
@@ -122,9 +128,17 @@ push_async = in_thread(push)
 class _Errand:
     """One push, to one engine: what is told it, and what is held for it."""
 
-    def __init__(self, registry: Registry, speaker: Speaker, reference: str, name: str, retries: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        speaker: Speaker,
+        reference: str,
+        name: str,
+        retries: int,
+        base: str | Path | Digest | None,
+    ) -> None:
         self._registry, self._speaker, self._retries = registry, speaker, retries
-        self._reference, self._name = reference, name
+        self._reference, self._name, self._base = reference, name, base
         self._resolver = Resolver.of(registry)
         self._holder = Holder(speaker.engine, speaker.server.shown, name)
 
@@ -197,6 +211,8 @@ class _Errand:
             lasting = [each for each in found.findings if not each.folded]
             reasons = " ".join(f"{each.subject}: {each.reason} {each.remedy}" for each in lasting)
             raise Unsupported(f"{engine} would not serve {self._reference} as it was trained. {reasons}")
+        if self._base is not None:
+            self._resolver.require_base(self._resolver.find(str(found.digest)), self._base)
         path = ""
         if self._speaker.reads:
             resolved = self._resolver.resolve(str(found.digest), form=found.form)  # by its digest: the tag may move

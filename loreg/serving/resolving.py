@@ -143,7 +143,7 @@ class Resolver:
         row = self.find(reference)
         name = row.digest.hex + _FORMS[form][0]
         if base is not None:
-            self._check_base(row, base)
+            self.require_base(row, base)
         how = "hand"
         if (record := self._at_hand(name)) is not None:
             self._hits += 1
@@ -217,7 +217,8 @@ class Resolver:
                 "or serve another version."
             )
 
-    def _check_base(self, row: VersionRow, base: str | Path | Digest) -> None:
+    def require_base(self, row: VersionRow, base: str | Path | Digest) -> None:
+        """Raises BaseMismatch unless the version fits the base, which is as ``resolve`` takes it."""
         key, now = (row.digest, str(base)), _weights(base)
         if base == row.base_root or self._fits.get(key) == now:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +74,18 @@ def factors(seed: int, ranks: Mapping[str, int], modules: Sequence[str] = ADAPTE
     return found
 
 
-def write_adapter(folder: Path, seed: int, *, ranks: Mapping[str, int] | None = None, **config: Any) -> Path:
-    """A PEFT directory that adapts ``ADAPTED``. Its config names modules as people do, by their last part."""
-    targets = sorted(name.rpartition(".")[2] for name in ADAPTED)
+def write_adapter(
+    folder: Path,
+    seed: int,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    modules: Sequence[str] = ADAPTED,
+    **config: Any,
+) -> Path:
+    """A PEFT directory that adapts ``modules``. Its config names them as people do, by their last part."""
+    targets = sorted(name.rpartition(".")[2] for name in modules)
     given = {"r": 4, "target_modules": targets, "bias": "none", "init_lora_weights": True, **config}
-    return tiny.write_adapter(folder, factors(seed, ranks or {}), **given)
+    return tiny.write_adapter(folder, factors(seed, ranks or {}, modules), **given)
 
 
 def write_dora(folder: Path, seed: int) -> Path:
@@ -108,11 +116,14 @@ class Server:
 
     port: int
     log: Path
+    key: str | None = None
 
     def request(self, path: str, body: Any = None) -> tuple[int, Any]:
         """The status and the document of an answer: to a GET, or to a POST of ``body``."""
         data = None if body is None else json.dumps(body).encode()
         url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as response:
                 text, status = response.read(), response.status
@@ -149,23 +160,34 @@ class Server:
 @contextmanager
 def serving(base: Path, folder: Path, *options: str, **environment: str) -> Iterator[Server]:
     """A vLLM server for ``base`` with ``options``, which writes its log into ``folder``."""
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", "float32",
+        "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "8", *options,
+    ]  # fmt: skip
+    with running("vLLM", command, folder, _environment(**environment)) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    engine: str, command: Sequence[str], folder: Path, environment: Mapping[str, str], key: str | None = None
+) -> Iterator[Server]:
+    """What ``command`` starts, on a free port of the loopback, which writes its log into ``folder``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port),
-        *options,
-    ]  # fmt: skip
-    log = folder / "vllm.log"
+    log = folder / f"{engine.lower()}.log"
+    placed = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, env=_environment(**environment), stdout=out, stderr=out)
-    server = Server(port, log)
+        process = subprocess.Popen(
+            placed, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    server = Server(port, log, key)
     try:
         deadline = time.monotonic() + _START_S
         while not _is_up(server):
-            assert process.poll() is None, f"vLLM ended:\n{log.read_text()[-8000:]}"
-            assert time.monotonic() < deadline, f"vLLM does not start:\n{log.read_text()[-8000:]}"
+            assert process.poll() is None, f"{engine} ended:\n{log.read_text()[-8000:]}"
+            assert time.monotonic() < deadline, f"{engine} does not start:\n{log.read_text()[-8000:]}"
             time.sleep(0.5)
         yield server
     finally:
@@ -175,6 +197,8 @@ def serving(base: Path, folder: Path, *options: str, **environment: str) -> Iter
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started may outlive it
 
 
 def answers(models: Sequence[Path], prompt: Sequence[int] = PROMPT) -> list[Answer]:

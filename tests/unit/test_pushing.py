@@ -9,9 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import engine_servers
 import pytest
@@ -22,13 +24,16 @@ from engine_servers import BASE, VLLM, Engine, LlamaCpp, LoRAX, SGLang, TensorRT
 import loreg
 from loreg import serving
 from loreg.cli import main
-from loreg.errors import Conflict, NotFound, RemoteError, Unsupported, UsageError
+from loreg.errors import BaseMismatch, Conflict, NotFound, RemoteError, Unsupported, UsageError
 from loreg.serving import pushing
 from loreg.serving.pushing import push
+from loreg.serving.speaking import SPEAKERS
 
 NAMED = {"vllm": VLLM, "sglang": SGLang}
 BY_REQUEST = {"lorax": LoRAX, "tensorrt-llm": TensorRTLLM}
 LOADS = {"/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter", "/unload_lora_adapter"}
+
+IN, OUT = "/load_lora_adapter", "/unload_lora_adapter"
 
 
 @pytest.fixture
@@ -65,12 +70,19 @@ def told(engine: Engine) -> list[str]:
     return [path for path, _ in engine.asked if path in LOADS]
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("engine", NAMED, indirect=True)
 def test_a_version_is_loaded_once_swapped_and_unloaded(engine: Engine, two, pushed: loreg.Registry) -> None:
     one, other = two
     done = push("sql:prod", engine.kind, engine.url + "/", pushed)
     assert (done.action, done.name, done.digest, done.path) == ("loaded", "sql", one.digest, str(one.path))
-    assert done.request == {"model": "sql"}
+    assert done.request == {"vllm": {"model": "sql"}, "sglang": {"lora_path": "sql"}}[engine.kind]
     assert done.url == engine.url
     assert engine.held == {"sql": str(one.path)}
     before = len(told(engine))
@@ -119,6 +131,90 @@ def test_what_cannot_be_taken_back_is_said(engine: Engine, two, pushed: loreg.Re
     engine.problem = lambda path: f"no memory for {path}"
     with pytest.raises(RemoteError, match=r"no memory.*Nor is what it had there again"):
         push("sql:v2", "sglang", engine.url, pushed)
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+def test_requests_that_come_during_a_swap_get_the_new_one(engine: Engine, two, pushed: loreg.Registry) -> None:
+    """They stand behind the load, which is sent while the unload waits for those that run."""
+    _, other = two
+    push("sql:v1", "sglang", engine.url, pushed)
+    engine.drain = 1.0
+    with ThreadPoolExecutor(2) as beside:
+        swap = beside.submit(push, "sql:v2", "sglang", engine.url, pushed)
+        wait_until(lambda: engine.line == 3)  # of the first load, the unload and the load
+        assert beside.submit(engine.use, "sql").result() == str(other.path)
+        assert swap.result().action == "replaced"
+    assert told(engine) == [IN, OUT, IN]
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+def test_a_request_that_has_the_old_one_loaded_again_is_outdone(
+    engine: Engine, two, pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = two
+    monkeypatch.setattr(SPEAKERS["sglang"], "_AHEAD", 30)  # so that the load comes after it
+    push("sql:v1", "sglang", engine.url, pushed)
+    does, again = engine.post, [True, True]
+
+    def post(path: str, body: dict[str, Any], headers: Any) -> engine_servers.Reply:
+        answer = does(path, body, headers)
+        if path == OUT and again and again.pop():
+            engine.use("sql")
+        return answer
+
+    engine.post = post
+    assert push("sql:v2", "sglang", engine.url, pushed).action == "replaced"
+    assert engine.held == {"sql": str(other.path)}
+    assert told(engine) == [IN, OUT, IN, OUT, IN, OUT, IN]
+    again.append(True)
+    with pytest.raises(RemoteError, match="still lists it; a request that names it loads it again"):
+        push("sql", "sglang", engine.url, pushed, unload=True)
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+def test_what_a_request_has_brought_back_is_there(engine: Engine, two, pushed: loreg.Registry) -> None:
+    """After a refusal, of the new one alone."""
+    one, _ = two
+    push("sql:v1", "sglang", engine.url, pushed)
+    post = engine.post
+
+    def refuses(path: str, body: dict[str, Any], headers: Any) -> engine_servers.Reply:
+        if path == IN and body["lora_path"] != str(one.path):
+            engine.use("sql")
+            engine.refuse("no memory")
+        return post(path, body, headers)
+
+    engine.post = refuses
+    with pytest.raises(RemoteError, match=r"no memory\.$"):
+        push("sql:v2", "sglang", engine.url, pushed)
+    assert engine.held == {"sql": str(one.path)}
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+@pytest.mark.parametrize("ahead", [30, 0])
+def test_an_unload_that_is_refused_is_what_is_said(
+    engine: Engine, ahead: float, two, pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the load was sent beside it."""
+    one, _ = two
+    monkeypatch.setattr(SPEAKERS["sglang"], "_AHEAD", ahead)
+    push("sql:v1", "sglang", engine.url, pushed)
+    engine.enabled = False
+    with pytest.raises(RemoteError, match=r"unload_lora_adapter answered 400: LoRA is not enabled[^;]*--enable-lora"):
+        push("sql:v2", "sglang", engine.url, pushed)
+    assert engine.held == {"sql": str(one.path)}
+    assert sorted(told(engine)) == sorted([IN, OUT] if ahead else [IN, OUT, IN])
+
+
+@pytest.mark.parametrize("engine", ["sglang"], indirect=True)
+def test_a_version_of_another_base_is_not_loaded(engine: Engine, pushed: loreg.Registry, tmp_path: Path) -> None:
+    other = tiny.write_model(tmp_path / "another", tiny.model(seed=9))
+    pushed.add_base(other, "another")
+    for base in ("another", other):
+        with pytest.raises(BaseMismatch, match=r"was trained on 'base', and .*another differs"):
+            push("sql", "sglang", engine.url, pushed, base=base)
+    assert engine.asked == []
+    assert push("sql", "sglang", engine.url, pushed, base="base").action == "loaded"
 
 
 @pytest.mark.parametrize("engine", BY_REQUEST, indirect=True)
@@ -520,7 +616,7 @@ def test_the_command_line(pushed: loreg.Registry, monkeypatch: pytest.MonkeyPatc
         document = json.loads(result.stdout)
         assert document["action"] == "loaded"
         assert document["digest"] == str(pushed.find("sql").digest)
-        assert document["request"] == {"model": "sql"}
+        assert document["request"] == {"lora_path": "sql"}
         assert engine.held == {"sql": document["path"]}
         assert "was loaded already, as sql" in CliRunner().invoke(main, words).stdout
         assert "nothing is sql any more" in CliRunner().invoke(main, [*words, "--unload"]).stdout

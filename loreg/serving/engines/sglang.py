@@ -2,13 +2,15 @@
 
 Of the config it reads ``r``, ``lora_alpha``, ``target_modules``, ``use_dora`` and ``peft_type``. Its buffers have one
 rank and one scale for all modules of an adapter. Tensors go by names: of numbered ``layers``, ``embed_tokens`` and
-``lm_head``; what has no place is skipped, with a warning at most, unless ``--lora-strict-loading``.
+``lm_head``; what is elsewhere is skipped, with a warning at most. In a numbered layer every tensor has to have a
+buffer that it fits: else SGLang says that it has loaded the adapter, and its scheduler, and so the server, ends with
+an error when a request is the first to use it. That counts as refused here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loreg.serving.engines import limits, rules
@@ -16,6 +18,7 @@ from loreg.serving.engines.described import Described, Layer
 from loreg.serving.engines.rules import MERGE, EngineRules, Finding, mended, some
 
 _LAYER = re.compile(r"layers\.\d+\.")
+_ENDS = "SGLang loads the adapter, and ends when a request first uses it"
 _EVERYTHING = ("all", "all-linear")
 _CALLED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -42,7 +45,8 @@ def _findings(described: Described, given: Mapping[str, Any]) -> Iterator[Findin
     if dora := [layer.path for layer in described.layers if layer.magnitude]:
         yield Finding("refuses", "use_dora", f"{some(dora)}: SGLang refuses DoRA.", f"{MERGE}, or {rules.RESIZE}")
     if odd := [layer for layer in described.layers if layer.rank != words.r]:
-        reason = f"{odd[0].path!r} has rank {odd[0].rank}, and SGLang's buffers are for the config's r, {words.r}."
+        what = f"{odd[0].path!r} has rank {odd[0].rank}, and SGLang's buffers are for the config's r, {words.r}"
+        reason = f"{what}: {_ENDS}."
         yield mended(described, Finding("refuses", "rank_pattern", reason, MERGE))
     fitting = tuple(layer for layer in described.layers if layer.rank == words.r)
     yield from rules.scales(described, root=False, own_rank=False, layers=fitting)
@@ -59,7 +63,7 @@ def _parts(described: Described) -> Iterator[Finding]:
     yield from rules.no_place(described, "misreads", {"lora_bias": biased, "bias": described.biases}, takes)
     divided = [layer.path for layer in described.layers if layer.divided]
     yield from rules.no_place(described, "refuses", {"use_bdlora": divided}, "SGLang has no blocks in its buffers")
-    elsewhere = {
+    strange: dict[str, Sequence[str]] = {
         "modules_to_save": described.saved,
         "base_layer": described.beneath,
         "trainable_token_indices": described.rows,
@@ -69,6 +73,9 @@ def _parts(described: Described) -> Iterator[Finding]:
         "attention": described.of_kind("attention", "vector"),
         "layers": [layer.path for layer in described.layers if layer.kind in ("linear", "conv1d") and _lost(layer)],
     }
+    numbered = {subject: [path for path in paths if _LAYER.search(path)] for subject, paths in strange.items()}
+    yield from rules.no_place(described, "refuses", numbered, f"there is no buffer for it, so {_ENDS}")
+    elsewhere = {subject: [path for path in paths if not _LAYER.search(path)] for subject, paths in strange.items()}
     yield from rules.no_place(
         described, "ignores", elsewhere, "SGLang has no place for it, and serves the base there"
     )
@@ -80,20 +87,23 @@ def _lost(layer: Layer) -> bool:
 
 def _targets(described: Described, wanted: frozenset[str] | None) -> Iterator[Finding]:
     said = described.words.targets
-    if isinstance(said, str):
-        if said not in _EVERYTHING:
-            reason = f"target_modules is the expression {said[:60]!r}, and SGLang expects names."
-            yield mended(described, Finding("refuses", "target_modules", reason, MERGE))
-        return
     mine = {layer.leaf for layer in described.layers if layer.kind in ("linear", "conv1d", "embedding")}
-    used, named = _normal(mine), _normal({name.rpartition(".")[2] for name in said})
+    used = named = _normal(mine)
+    refuses = "SGLang refuses the adapter"
+    if not isinstance(said, str):
+        named = _normal({name.rpartition(".")[2] for name in said})
+    elif said in _EVERYTHING:
+        refuses = _ENDS  # no names are compared
+    else:
+        reason = f"target_modules is the expression {said[:60]!r}, and SGLang expects names."
+        yield mended(described, Finding("refuses", "target_modules", reason, MERGE))
     if unknown := used - _KNOWN:
-        reason = f"SGLang has no LoRA for modules called {some(unknown)}."
+        reason = f"SGLang has no LoRA for modules called {some(unknown)}: {refuses}."
         yield Finding("refuses", "target_modules", reason, MERGE)
     if wanted is None or not wanted.isdisjoint(_EVERYTHING):
         return
     if missing := used - unknown - _normal(wanted):
-        reason = f"{some(missing)}: not among lora_target_modules, so SGLang refuses the adapter."
+        reason = f"{some(missing)}: not among lora_target_modules, so {refuses}."
         yield Finding("refuses", "target_modules", reason, "start SGLang with these modules too")
     elif idle := named - used - _normal(wanted):
         reason = f"target_modules names {some(idle)}, not among lora_target_modules, though nothing there is adapted."
@@ -120,8 +130,9 @@ def _apart(layers: tuple[Layer, ...]) -> Iterator[Finding]:
             {"up_proj"} & leaves if "gate_proj" not in leaves else set()
         )
         if orphans:
-            reason = f"{owner!r} has factors for {some(orphans)} and none for the layer that SGLang stacks it under."
-            yield Finding("ignores", "target_modules", reason, f"{MERGE}, or train all that are stacked")
+            what = f"{owner!r} has factors for {some(orphans)} and none for the layer that SGLang stacks it under"
+            reason = f"{what}: {_ENDS}."
+            yield Finding("refuses", "target_modules", reason, f"{MERGE}, or train all that are stacked")
             return
 
 
