@@ -15,7 +15,7 @@ from loreg.cli.program import Command
 from loreg.cli.serving import limits
 
 if TYPE_CHECKING:
-    from loreg.serving.directories import Hold
+    from loreg.serving.beside import Hold
 
 _KEY = "LOREG_ENGINE_KEY"
 _DONE = {

@@ -14,8 +14,8 @@ from loreg.serving import signals
 if TYPE_CHECKING:
     from loreg.serving.attaching import Live, State, attach
     from loreg.serving.bases import Fit, check_base, check_base_async
+    from loreg.serving.beside import Hold
     from loreg.serving.caching import Cache, Pin
-    from loreg.serving.directories import Hold
     from loreg.serving.live import Merged, merge_, unmerge_
     from loreg.serving.loading import load, load_async
     from loreg.serving.packing import Packed, Stacked, pack, pack_async
@@ -69,7 +69,7 @@ __all__ = [
 _HOMES = {
     "Cache": "loreg.serving.caching",
     "Fit": "loreg.serving.bases",
-    "Hold": "loreg.serving.directories",
+    "Hold": "loreg.serving.beside",
     "Live": "loreg.serving.attaching",
     "Merged": "loreg.serving.live",
     "Moved": "loreg.serving.watching",

@@ -24,9 +24,10 @@ from loreg.format import canonical_json
 from loreg.format.reference import Reference
 from loreg.registry import Registry
 from loreg.serving import signals
+from loreg.serving.beside import Hold, Holder
 from loreg.serving.calling import Again, Server, is_nobody
 from loreg.serving.defaults import default_registry
-from loreg.serving.directories import Directories, Hold, Holder
+from loreg.serving.directories import Directories
 from loreg.serving.preflight import limits_of, preflight
 from loreg.serving.resolving import Resolver
 from loreg.serving.speaking import SPEAKERS

@@ -28,8 +28,9 @@ from loreg.registry.exporting import folded_directory, peft_directory
 from loreg.registry.storage import Storage
 from loreg.serving import signals
 from loreg.serving.bases import fit
+from loreg.serving.beside import Record
 from loreg.serving.defaults import default_registry
-from loreg.serving.directories import SPARED, Directories, Files, Record, stamps
+from loreg.serving.directories import SPARED, Directories, Files, stamps
 from loreg.serving.flights import Flights
 from loreg.serving.tiers import Statistics
 from loreg.serving.twins import in_thread

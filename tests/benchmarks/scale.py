@@ -28,7 +28,7 @@ from loreg.catalog import Database, queries
 from loreg.catalog.models import Adapter, Blob, Document, Edge, Tag, TagMove, Target, Version
 from loreg.catalog.searching import document
 from loreg.digest import Digest
-from loreg.serving.directories import Record
+from loreg.serving.beside import Record
 from loreg.serving.resolving import Resolver
 from tests import postgres_server
 from tests.benchmarks.bench import Bench, Lines

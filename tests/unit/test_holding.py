@@ -24,7 +24,8 @@ from loreg import serving
 from loreg.cli import main
 from loreg.errors import BadInput, CheckFailed, Conflict, RemoteError, Unsupported
 from loreg.serving import pushing
-from loreg.serving.directories import Directories, Holder
+from loreg.serving.beside import Holder
+from loreg.serving.directories import Directories
 from loreg.serving.pushing import held, push
 from loreg.serving.resolving import Resolver
 

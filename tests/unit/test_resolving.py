@@ -24,7 +24,8 @@ from loreg.errors import BadInput, BaseMismatch, CheckFailed, NotFound, RemoteEr
 from loreg.format.fingerprint import Match
 from loreg.registry.storage import Storage
 from loreg.serving import directories, resolving
-from loreg.serving.directories import Directories, Record
+from loreg.serving.beside import Record
+from loreg.serving.directories import Directories
 from loreg.serving.flights import Flights
 from loreg.serving.resolving import Resolver
 
