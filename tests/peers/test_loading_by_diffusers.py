@@ -1,19 +1,21 @@
-"""``loreg.integrations.peft`` in a component of diffusers: what its own loader makes of the same files."""
+"""A component of diffusers, adapted by ``loreg.integrations.peft`` or in place: what its own loader makes of the same
+files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from live_models import bytes_of
 from peer_models import randomise
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import loreg
+from loreg import serving
 from loreg.integrations.peft import load
-
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,20 @@ def test_a_unet_computes_what_diffusers_makes_of_the_files(
     torch.testing.assert_close(seen(model), expected, rtol=1e-4, atol=1e-5)
     model.delete_adapters("default")
     torch.testing.assert_close(seen(model), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_v"], ["to_k", "conv1"]], ids=["attention", "convolutions"])
+def test_a_unet_that_is_attached(registry: loreg.Registry, base: Path, tmp_path: Path, targets: list[str]) -> None:
+    registry.add_base(base, "unet")
+    adapters = [
+        saved(base, tmp_path / f"a{seed}", seed, r=4, lora_alpha=6, target_modules=targets) for seed in (1, 2)
+    ]
+    for adapter in adapters:
+        registry.push(adapter, base="unet", name="style")
+    model = unet(base)
+    before, live = bytes_of(model), serving.attach(model, registry)
+    for version, adapter in enumerate(adapters, 1):
+        live.swap(f"style:v{version}")
+        torch.testing.assert_close(seen(model), by_diffusers(base, adapter), rtol=1e-4, atol=1e-5)
+    live.restore()
+    assert bytes_of(model) == before
