@@ -1,7 +1,7 @@
 """Rows of a weight, changed where they lie: what one edit did is taken out of them, and another one applied.
 
 What is read of W is taken back in the cache to what was there before, and made from that what is to be: W is read
-once and written once. Where the edits are compiled ones that is one call for many rows (``native.change``). Else, and
+once and written once. Where the edits are compiled ones that is one call for many rows (``native.Change``). Else, and
 where one rounding leaves an element in doubt, it is a tile, computed beside W and copied onto it when it is right.
 """
 
@@ -36,11 +36,13 @@ class Space(threading.local):
 
 
 class Step(NamedTuple):
-    """How many rows were changed, what undoes that, and what is left of ``kept`` for the rows that follow."""
+    """How many rows were changed, what undoes that, and what is left of ``kept`` for the rows that follow.
+    ``borrowed``: what undoes it is in the workspace."""
 
     rows: int
     fresh: Kept | None
     rest: Kept | None
+    borrowed: bool = False
 
 
 def step_of(rows: Tensor) -> int:
@@ -74,7 +76,7 @@ class Changing:
         """What undoes it leaves the workspace, where the next step computes."""
         self.torn = False
         try:
-            if isinstance(step.fresh, Corrections):
+            if step.borrowed and isinstance(step.fresh, Corrections):
                 step.fresh.move_out()
         except BaseException:
             self._space.second = Workspace()  # what was there belongs to those now
@@ -102,7 +104,7 @@ class Changing:
             self.torn = False
             return None
         rest = None if kept is None else kept.after(rows * W.shape[1], *change.used)
-        return Step(rows, Corrections(*change.fresh) if self._forth else None, rest)
+        return Step(rows, Corrections(*change.fresh) if self._forth else None, rest, borrowed=True)
 
     def _tiled(self, W: Tensor, first: int, kept: Kept | None) -> Step:
         height, W, rest = len(W), W[: step_of(W)], None

@@ -27,6 +27,8 @@ _ROWS = _FEW = 4
 """ROWS and FEW of merge.c."""
 _ROOM = 2**18
 """Doubtful elements that there is memory for: 6 MiB, of which only pages that are written count."""
+_AT_ONCE = 2**16
+"""Elements that are changed at once: what is read and made of them stays in the second-level cache."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -233,10 +235,6 @@ class Fused:
         if residual is None:
             return Done(done, found, None)
         return Done(done, found, self._unsure.taken(task.unsure, first, task.cols), self._known.taken(task.wide))
-
-
-_AT_ONCE = 2**16
-"""Elements that are changed at once: what is read and made of them stays in the second-level cache."""
 
 
 class End(NamedTuple):
