@@ -1,7 +1,8 @@
-"""Edits of many weights that are in memory, such as those of a model that runs, started at once and settled later.
+"""Edits of many weights in the memory of a GPU, started at once and settled later: an edit is taken back, another one
+applied, or both in one pass.
 
-On a GPU with Triton, ``gpu`` computes: nothing waits until :meth:`Launched.done`, and that for all weights together.
-Elsewhere the same is computed at once, by the passes of ``edits``. Either gives the bytes that the definition has.
+``gpu`` computes: nothing waits until :meth:`Launched.done`, and that for all weights together. What is in doubt is
+decided here, so that every element is what the definition has.
 """
 
 from __future__ import annotations
@@ -13,225 +14,211 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loreg.algebra import gpu
 from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked
-from loreg.algebra.gpu.lists import Listed, Open, Undone
-from loreg.algebra.passes import UNSURE, Candidates, as_rows
-from loreg.algebra.rounding import from_ordered, ordered
+from loreg.algebra.gpu.groups import Group, Job, grouped
+from loreg.algebra.gpu.lists import HOST, Open
+from loreg.algebra.gpu.undo import Undo
+from loreg.algebra.passes import UNSURE, as_rows
 from loreg.errors import BadInput
 
-_HOST = torch.device("cpu")
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Undone:
+    """What undoes an edit of one weight, as it was launched: of each of its matrices. On W's device."""
+
+    parts: tuple[Undo, ...]
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].marks.device
+
+    def corrections(self) -> Corrections:
+        """The same as places, in order."""
+        flat, size = [part.flat() for part in self.parts], self.size // len(self.parts)
+        index, by = (
+            torch.cat(x) for x in zip(*((at + i * size, by) for i, (at, by) in enumerate(flat)), strict=True)
+        )
+        order = index.argsort()
+        index, by = index[order], by[order]
+        near = by.abs() < -UNSURE
+        return Corrections.at(index[near], by[near].to(torch.int8), index[~near], by[~near], self.size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """``W`` of the shape, dtype and device that ``prepared`` is for, into ``out``, which may be ``W`` itself.
+    """``W`` into ``out``, which may be ``W`` itself: ``back`` applied, the negation of what was applied before and
+    left ``kept``, and then ``forth``; one of them may be None. Each is prepared for W's shape, dtype and device.
     ``name``: for messages."""
 
-    prepared: Prepared | Stacked
+    forth: Prepared | Stacked | None
     W: Tensor
     out: Tensor
     name: str = ""
+    back: Prepared | Stacked | None = None
+    kept: Undone | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One matrix of a work, whose first element is the ``start``-th there."""
+    """One matrix of a work."""
 
-    prepared: Prepared
+    forth: Prepared | None
+    back: Prepared | None
+    kept: Undo | None
     W: Tensor
     out: Tensor
-    start: int
     name: str
 
-    @property
-    def fused(self) -> gpu.Fused:
-        found = self.prepared.on_gpu
-        assert found is not None
-        return found
+    def job(self, residual: bool) -> Job:
+        forth, back = (None if x is None else x.on_gpu for x in (self.forth, self.back))
+        return Job(self.W, self.out, forth, back, self.kept, residual=residual and forth is not None)
 
-    def flat(self, found: Candidates | Open) -> Tensor:
-        """Their places in a row."""
-        return found.rows * self.W.shape[1] + found.columns
+    def reversed(self) -> _Piece:
+        forth, back = (None if x is None else -x for x in (self.back, self.forth))
+        return _Piece(forth, back, None, self.out, self.out, self.name)
 
 
 class Launched:
     """What :func:`launch` has started. Keeps the tensors alive until it is done."""
 
     def __init__(self, works: Sequence[Work], residual: bool) -> None:
-        """Not started yet. Those that can be launched are of one device."""
-        self._works, self._residual = works, residual
-        self._here = list[tuple[Tensor, Corrections | None]]()
-        self._pieces = [list(_pieces(work)) if launchable(work) else None for work in works]
-        self._all = [piece for pieces in self._pieces for piece in pieces or ()]
-        self._there = gpu.Launched([gpu.Job(piece.fused, piece.W, piece.out) for piece in self._all], residual)
-        self._return: _Return | None = None
+        """Not started yet. All are of one device."""
+        self._works = works
+        self._pieces = [list(_pieces(work)) for work in works]
+        pieces = [piece for group in self._pieces for piece in group]
+        self._parts = [
+            _Part(group, [pieces[i] for i in members], members)
+            for group, members in grouped([piece.job(residual) for piece in pieces])
+        ]
+        self._return: list[_Part] | None = None
 
     @torch.no_grad()
     def start(self) -> None:
-        """All works. If this raises, what ``done`` says of that holds."""
-        with self._or_nothing():
-            for work, pieces in zip(self._works, self._pieces, strict=True):
-                if pieces is None:
-                    with _named(work.name):
-                        self._here.append(_at_once(work, self._residual))
-            self._there.start()
+        """All works. May be called again where it failed."""
+        for part in self._parts:
+            part.group.begin()
 
     @torch.no_grad()
-    def done(self) -> list[Corrections | None]:
+    def done(self) -> list[Undone | None]:
         """Waits for the device, decides what is in doubt, and returns for each work what undoes it, or None.
 
         Only then are the outputs what they are to be. Raises BadInput, naming the element, if W holds NaN or infinity
-        or a result exceeds the largest finite value. Whatever is raised: with residuals, every output that is its W
-        is then, bit for bit, what it was, if all are; without, outputs are partly written, and where they are their W
-        only this, called again, makes anything whole of them, going on where it was.
+        or a result exceeds the largest finite value. Whatever is raised, this may be called again and goes on where
+        it was; or ``back``.
         """
-        with self._or_nothing():
-            opened = _on_host(self._there.opened())
-            for piece, spread in zip(self._all, _spreads(self._all), strict=True):
-                piece.prepared.know(spread)
-            _decide(self._all, [open_.found for open_ in opened])
-            undone = iter(self._undone([open_.unsure for open_ in opened]) if self._residual else ())
-            here, found = iter(self._here), list[Corrections | None]()
-            for work, pieces in zip(self._works, self._pieces, strict=True):
-                if pieces is None:
-                    out, one = next(here)
-                    work.out.copy_(out)
-                    found.append(one)
-                else:
-                    found.append(_joined(work, [next(undone) for _ in pieces]) if self._residual else None)
-            return found
+        kept = dict[int, Undo]()
+        for part in self._parts:
+            kept.update(part.finish())
+        return [_joined(work, found) for work, found in zip(self._works, self._of_works(kept), strict=True)]
 
-    def _undone(self, unsure: Sequence[Candidates]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each piece, what ``Corrections`` has, counted from the work's first element."""
-        pieces = self._all
-        if not pieces:
+    @torch.no_grad()
+    def back(self) -> None:
+        """Every output is, bit for bit, what it was, from wherever that failed or was done. May be called again where
+        it failed. For works in place, with residuals or with nothing applied; nothing else may have changed them."""
+        begun = [part for part in self._parts if part.group.began]
+        if self._return is None:
+            self._return = [part.reversed() for part in begun]
+        for part in self._return:
+            part.finish()
+        for part in begun:
+            part.group.put_back()
+
+    def _of_works(self, kept: dict[int, Undo]) -> Iterator[list[Undo]]:
+        first = 0
+        for pieces in self._pieces:
+            yield [kept[i] for i in range(first, first + len(pieces)) if i in kept]
+            first += len(pieces)
+
+
+class _Part:
+    """A group, and what decides for its jobs; ``members``: which of all pieces they are."""
+
+    def __init__(self, group: Group, pieces: Sequence[_Piece], members: Sequence[int]) -> None:
+        self.group, self._pieces, self._members = group, pieces, members
+
+    def finish(self) -> dict[int, Undo]:
+        """What undoes each, by which piece it is of, if that was asked for."""
+        group, kept = self.group, list[Undo]()
+        group.begin()
+        if group.back:
+            open_ = group.taken().to(HOST)
+            group.take(open_, self._decided([piece.back for piece in self._pieces if piece.back], open_))
+        if group.forth:
+            edits = [piece.forth for piece in self._pieces if piece.forth]
+            open_ = group.opened().to(HOST)
+            found, unsure = open_.found, open_.unsure
+            group.decide(found, self._decided(edits, found))
+            if group.residual:
+                kept = group.undo(unsure, self._missed(edits, unsure))
+        group.put()
+        return dict(zip(self._members, kept, strict=False))
+
+    def reversed(self) -> _Part:
+        return _Part(self.group.reversed(), [piece.reversed() for piece in self._pieces], self._members)
+
+    def _decided(self, edits: Sequence[Prepared], open_: Open) -> Tensor:
+        """The values that those elements are, in float32."""
+        found = [torch.empty(0)]
+        for piece, edit, one in self._each(edits, open_):
+            with _named(piece.name):
+                found.append(edit.forth(one.candidates).float())
+        return torch.cat(found)
+
+    def _missed(self, edits: Sequence[Prepared], open_: Open) -> Tensor:
+        """The residuals of those, where all else is decided."""
+        found, after = [torch.empty(0, dtype=torch.int64)], self.group.after(open_).to(HOST)
+        for piece, edit, one in self._each(edits, open_):
+            here, after = after[: len(one.job)], after[len(one.job) :]
+            with _named(piece.name):
+                found.append(edit.back(one.deltas, here.to(piece.W.dtype)))
+        return torch.cat(found)
+
+    def _each(self, edits: Sequence[Prepared], open_: Open) -> Iterator[tuple[_Piece, Prepared, Open]]:
+        """Of which any is open."""
+        if not len(open_.job):
             return
-        device = pieces[0].W.device
-        known = self._there.undone()
-        places = [piece.flat(one) for piece, one in zip(pieces, unsure, strict=True)]
-        after = [
-            piece.out[index // piece.W.shape[1], index % piece.W.shape[1]].float()
-            for piece, index in zip(pieces, _sent(places, device), strict=True)
-        ]
-        late, values, wide_at, wide = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-        for piece, one, index, were in zip(pieces, unsure, places, _sent(after, _HOST), strict=True):
-            by = index
-            if len(index):
-                with _named(piece.name):
-                    by = piece.prepared.back(one, were.to(piece.W.dtype))
-            fits = by.abs() < -UNSURE
-            small = fits & (by != 0)
-            late.append(index[small])
-            values.append(by[small].to(torch.int8))
-            wide_at.append(index[~fits])
-            wide.append(by[~fits])
-        sent = zip(*(_sent(parts, device) for parts in (late, values, wide_at, wide)), strict=True)
-        for piece, before, (late_, values_, wide_at_, wide_) in zip(pieces, known, sent, strict=True):
-            index = torch.cat([before.places, late_]) + piece.start
-            yield index, torch.cat([before.value, values_]), wide_at_ + piece.start, wide_
-
-    @contextmanager
-    def _or_nothing(self) -> Iterator[None]:
-        """Where there is a way back it is gone if anything is raised."""
-        try:
-            yield
-        except BaseException:
-            while True:
-                try:
-                    self._back()
-                    break
-                except KeyboardInterrupt:  # a second one: half of it would be of no use to anybody
-                    continue
-            raise
-
-    def _back(self) -> None:
-        if self._residual and all(piece.out.data_ptr() == piece.W.data_ptr() for piece in self._all):
-            if self._return is None:
-                self._return = _Return(self._all, self._there)
-            self._return.run()
-
-
-class _Return:
-    """The way back of jobs in place, from wherever they are.
-
-    An element was either in a word in doubt, and the lists have what it was; or it was W' less the delta, rounded,
-    and a residual, which the lists have too.
-    """
-
-    def __init__(self, pieces: Sequence[_Piece], there: gpu.Launched) -> None:
-        # What was listed is that of tiles that are done: nothing is started any more by ``there``.
-        self._listed, self._undone = there.listed(), there.undone(so_far=True)
-        self._pieces, self._there = pieces, there.taken_back()
-        self._negated = [_negated(piece) for piece in pieces]
-        self._right: list[tuple[Tensor, Tensor, Tensor]] | None = None
-
-    def run(self) -> None:
-        """May be called again where it was interrupted: each step then writes what it wrote."""
-        if self._right is None:
-            opened = [
-                _without(open_, listed, piece.W.shape[1])
-                for piece, open_, listed in zip(self._pieces, self._there.opened(), self._listed, strict=True)
-            ]
-            for piece, spread in zip(self._negated, _spreads(self._negated), strict=True):
-                piece.prepared.know(spread)
-            _decide(self._negated, [open_.found for open_ in _on_host(opened)])
-            self._right = [_corrected(*each) for each in zip(self._pieces, self._undone, strict=True)]
-        for piece, (rows, columns, values), listed in zip(self._pieces, self._right, self._listed, strict=True):
-            piece.out[rows, columns] = values
-            piece.out[listed.rows, listed.columns] = listed.were
+        # S of each, for which the device is waited for once.
+        spreads = torch.stack([x.spread for x in (edit.on_gpu for edit in edits) if x is not None]).tolist()
+        for piece, edit, spread, one in zip(self._pieces, edits, spreads, open_.by_job(len(edits)), strict=True):
+            if len(one.job):
+                edit.know(spread)
+                yield piece, edit, one
 
 
 def launch(works: Sequence[Work], *, residual: bool = False) -> Launched:
-    """Starts all ``works``, each prepared with that ``residual``; on a GPU without waiting for it.
+    """Starts all ``works``, each prepared with that ``residual``, without waiting for the device.
 
     No two of them may share memory. Until :meth:`Launched.done` has returned, outputs are not to be read, nor W
-    changed. If this raises, what is said there of outputs holds.
+    changed.
     """
     launched = Launched(works, residual)
     launched.start()
     return launched
 
 
-def launchable(work: Work) -> bool:
-    """Whether the kernels can do it."""
-    rows = _is_by_rows(work.W) and _is_by_rows(work.out)
-    if isinstance(work.prepared, Stacked):
-        return rows and bool(work.W.numel()) and work.prepared.on_gpu
-    return rows and work.prepared.on_gpu is not None
-
-
-def _is_by_rows(x: Tensor) -> bool:
-    return x.stride(-1) == 1 or x.shape[-1] == 1
-
-
 def _pieces(work: Work) -> Iterator[_Piece]:
-    if isinstance(work.prepared, Stacked):
-        size = work.W[0].numel()
-        for index, prepared in enumerate(work.prepared.matrices):
-            yield _Piece(prepared, work.W[index], work.out[index], index * size, work.name)
-    else:
-        work.prepared.check(work.W, 0, work.out)
-        yield _Piece(work.prepared, as_rows(work.W), as_rows(work.out), 0, work.name)
+    ends = work.forth, work.back
+    kept = () if work.kept is None else work.kept.parts
+    if any(isinstance(end, Stacked) for end in ends):
+        for index in range(len(work.W)):
+            forth, back = (end.matrices[index] if isinstance(end, Stacked) else None for end in ends)
+            yield _Piece(forth, back, kept[index] if kept else None, work.W[index], work.out[index], work.name)
+        return
+    forth, back = (end if isinstance(end, Prepared) else None for end in ends)
+    for end in (forth, back):
+        if end is not None:
+            end.check(work.W, 0, work.out)
+    yield _Piece(forth, back, kept[0] if kept else None, as_rows(work.W), as_rows(work.out), work.name)
 
 
-def _negated(piece: _Piece) -> _Piece:
-    return _Piece(-piece.prepared, piece.out, piece.out, piece.start, piece.name)
-
-
-def _at_once(work: Work, residual: bool) -> tuple[Tensor, Corrections | None]:
-    """The result beside the output, which takes it when all is right, and what undoes it."""
-    rows = (-1, work.W.shape[-1]) if work.W.ndim == 3 else work.W.shape
-    out = torch.empty_like(work.out, memory_format=torch.contiguous_format)
-    small = torch.empty(work.W.shape, dtype=torch.int8, device=work.W.device) if residual else None
-    outcome = work.prepared.tile(work.W.reshape(rows), 0, out.view(rows), None if small is None else small.view(rows))
-    return out, None if small is None else Corrections.of(small.view(-1), outcome)
-
-
-def _joined(work: Work, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Corrections:
-    index, by, wide_index, wide = map(torch.cat, zip(*parts, strict=True))
-    return Corrections.at(index, by, wide_index, wide, work.W.numel())
+def _joined(work: Work, found: list[Undo]) -> Undone | None:
+    return Undone(tuple(found), work.W.numel()) if found else None
 
 
 @contextmanager
@@ -242,53 +229,3 @@ def _named(name: str) -> Iterator[None]:
         if not name:
             raise
         raise type(error)(f"Tensor {name!r}: {error}") from error
-
-
-def _decide(pieces: Sequence[_Piece], found: Sequence[Candidates]) -> None:
-    """Writes the values of what is in doubt, which is on the host, as what decides it is."""
-    if not pieces:
-        return
-    places, values = list[Tensor](), list[Tensor]()
-    for piece, one in zip(pieces, found, strict=True):
-        places.append(piece.flat(one))
-        value = one.near
-        if len(one.near):
-            with _named(piece.name):
-                value = piece.prepared.forth(one)
-        values.append(value.float())
-    device = pieces[0].out.device
-    for piece, index, value in zip(pieces, _sent(places, device), _sent(values, device), strict=True):
-        if len(index):
-            piece.out[index // piece.W.shape[1], index % piece.W.shape[1]] = value.to(piece.out.dtype)
-
-
-def _spreads(pieces: Sequence[_Piece]) -> list[float]:
-    """S of each, for which the device is waited for once."""
-    found: list[float] = torch.stack([piece.fused.spread for piece in pieces]).tolist() if pieces else []
-    return found
-
-
-def _sent(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """On the device, in one transfer. Of one dtype."""
-    return list(torch.split(torch.cat(list(parts)).to(device), [len(part) for part in parts]))
-
-
-def _on_host(opened: Sequence[Open]) -> list[Open]:
-    """In a transfer of each field. W in float32, which has all values of the dtypes that there are."""
-    if not opened:
-        return []
-    fields = zip(*(open_._replace(W=open_.W.float()) for open_ in opened), strict=True)
-    return [Open(*parts) for parts in zip(*(_sent(field, _HOST) for field in fields), strict=True)]
-
-
-def _without(open_: Open, listed: Listed, columns: int) -> Open:
-    """But what is listed."""
-    other = ~torch.isin(open_.rows * columns + open_.columns, listed.rows * columns + listed.columns)
-    return Open(*(x[other] for x in open_))
-
-
-def _corrected(piece: _Piece, undone: Undone) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns, and the values there."""
-    rows, columns = undone.places // piece.W.shape[1], undone.places % piece.W.shape[1]
-    values = ordered(piece.out[rows, columns]) + undone.value
-    return rows, columns, from_ordered(values, piece.out.dtype)

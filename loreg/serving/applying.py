@@ -20,6 +20,7 @@ from torch import Tensor
 from loreg.algebra.changing import Changing, Kept, Space, step_of
 from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked, WeightedSum
+from loreg.algebra.launching import Undone
 from loreg.algebra.rounding import Workspace
 from loreg.errors import BadInput, CheckFailed
 from loreg.format.methods import METHODS
@@ -29,7 +30,7 @@ from loreg.serving.targets import Target
 from loreg.tensors import NAMES
 
 if TYPE_CHECKING:
-    from loreg.serving.merging import Ahead, Returning
+    from loreg.serving.merging import Ahead, Together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +88,7 @@ class Piece(NamedTuple):
 
     first: int
     rows: int
-    kept: Kept | None
+    kept: Kept | Undone | None
 
 
 class Editing:
@@ -95,7 +96,7 @@ class Editing:
 
     def __init__(self, edit: Edit, ahead: weakref.ref[Ahead] | None = None) -> None:
         self.edit, self.ahead = edit, ahead
-        self.returning: Returning | None = None  # what has begun to undo it, together with others
+        self.together: Together | None = None  # what has begun to change its tensor, with others
         self.pieces: list[Piece] = []
         self.turn = threading.Lock()
         self.over = False  # by its undoing: nothing may apply it then
@@ -147,7 +148,7 @@ class Editing:
         with self.turn:
             self.over = True
             weight = self.edit.target.place.weight
-            predicts = any(isinstance(piece.kept, Corrections) for piece in self.pieces)
+            predicts = any(isinstance(piece.kept, Corrections | Undone) for piece in self.pieces)
             back = self._prepared(weight, space.first, back=True) if predicts else None
             self._advance(self.pieces, Changing(back, None, space))
 
@@ -170,6 +171,7 @@ class Editing:
         try:
             while todo:
                 first, height, kept = todo[-1]
+                kept = kept.corrections() if isinstance(kept, Undone) else kept
                 step = changing.step(rows[first : first + height], first, kept)
                 if other is not None and step.fresh is not None:
                     other.pieces.append(Piece(first, step.rows, step.fresh))
@@ -187,13 +189,10 @@ class Editing:
         return self.edit.plain is not None
 
     @property
-    def whole(self) -> Corrections | None:
-        """What undoes all of it, where that is one piece, and no original."""
-        if len(self.pieces) != 1:
-            return None
-        first, height, kept = self.pieces[0]
-        complete = first == 0 and height == len(self.rows(self.edit.target.place.weight))
-        return kept if complete and isinstance(kept, Corrections) else None
+    def whole(self) -> Undone | None:
+        """What undoes all of it, where that was launched."""
+        kept = [piece.kept for piece in self.pieces if isinstance(piece.kept, Undone)]
+        return kept[0] if kept else None
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight as rows, those of a stack counted through all of it."""

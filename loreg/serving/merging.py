@@ -13,13 +13,11 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from loreg.algebra import gpu
 from loreg.algebra.changing import Space
-from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared, Stacked
-from loreg.algebra.launching import Launched, Work, launch
+from loreg.algebra.launching import Launched, Work
 from loreg.errors import Conflict
 from loreg.merge.workers import results, workers
 from loreg.serving.applying import Edit, Editing, Piece
@@ -60,82 +58,133 @@ def _prepared(edit: Edit) -> Prepared | Stacked:
     return prepared
 
 
-def _work(edit: Edit, prepared: Prepared | Stacked) -> Work:
-    place = edit.target.place
-    weight = place.weight.view(edit.view)
-    return Work(prepared, weight, weight, place.name)
+Pair = tuple[Editing | None, Editing | None]
+"""What is taken out of a tensor, and what is merged into it: in one pass, if it is both."""
 
 
-@contextmanager
-def _turns(editings: Sequence[Editing]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for editing in editings:
-            stack.enter_context(editing.turn)
-        yield
+class Together:
+    """Edits of one device that are launched together, in place. No two pairs share memory.
 
+    ``for_good``: nothing is merged, and there is no way back: what undid the old edits is gone with them.
+    """
 
-@torch.inference_mode()
-def _apply(editings: Sequence[Editing], ahead: Ahead) -> None:
-    """All or nothing."""
-    with _turns(editings):
-        if any(editing.over for editing in editings):
-            return
-        found = launch([_work(one.edit, ahead.of(one.edit)) for one in editings], residual=True).done()
-        for editing, kept in zip(editings, found, strict=True):
-            assert kept is not None  # with residuals
-            editing.pieces.append(Piece(0, len(editing.rows(editing.edit.target.place.weight)), kept))
-        _count_changes(editings)
-
-
-class Returning:
-    """Edits of one device that are taken back together, as far as each was applied as a whole."""
-
-    def __init__(self, editings: Sequence[Editing]) -> None:
-        self._editings = editings
-        self._todo = list[tuple[Editing, Corrections, Tensor]]()
-        self._launched: Launched | None = None
-        self._computed = False
+    def __init__(self, pairs: Sequence[Pair], ahead: Ahead | None = None, *, for_good: bool = False) -> None:
+        self.old = [old for old, _ in pairs if old is not None]
+        self._new = [new for _, new in pairs if new is not None]
+        self._pairs, self._ahead, self._for_good = list(pairs), ahead or Ahead(), for_good
+        self._begun: tuple[Launched, list[Work]] | None = None
+        self._over = False
 
     @torch.inference_mode()
-    def run(self) -> None:
-        """Goes on where it was interrupted."""
-        with _turns(self._editings):
-            if self._launched is None:
-                self._begin()
-            self._check_place()
-            if self._launched is not None and not self._computed:
-                self._launched.start()
-                self._launched.done()
-                self._computed = True
-            _count_changes([editing for editing, _, _ in self._todo])
-            while self._todo:
-                editing, kept, weight = self._todo[-1]
-                kept.to(weight.device).add_to(weight.view(-1))
+    def run(self, _space: Space) -> None:
+        """Where this raises, it can be called again and goes on; or ``back`` can."""
+        with self._turns():
+            if self._over or any(editing.over for editing in self._new):
+                return  # by an error elsewhere, of which this thread does not know yet
+            launched, works = self._start()
+            found = launched.done()
+            _count_changes(self._all)
+            for (_, new), work, kept in zip(self._pairs, works, found, strict=True):
+                if new is not None:
+                    assert kept is not None  # with residuals
+                    new.pieces.append(Piece(0, len(new.rows(work.W)), kept))
+            for editing in self.old if self._for_good else ():
                 editing.pieces.clear()
-                editing.returning = None
-                self._todo.pop()
+            self._end()
 
-    def _begin(self) -> None:
-        works = list[Work]()
-        for editing in self._editings:
-            editing.over = True
-            if (kept := editing.whole) is not None:
-                ahead = editing.ahead() if editing.ahead is not None else None
-                work = _work(editing.edit, -(ahead or Ahead()).of(editing.edit))
-                works.append(work)
-                self._todo.append((editing, kept, work.W))
-        self._launched = Launched(works, residual=False)
-        for editing, _, _ in self._todo:
-            editing.returning = self
+    @torch.inference_mode()
+    def back(self, _space: Space) -> None:
+        """The tensors are again what they were, and the old edits undone by what undid them. May be called again
+        where it failed."""
+        with self._turns():
+            self._over = True
+            if self._begun is not None:
+                self._check_places()
+                self._begun[0].back()
+            for editing in self._new:
+                editing.pieces.clear()
+            self._end()
 
-    def _check_place(self) -> None:
-        for editing, _, weight in self._todo:
-            place = editing.edit.target.place
-            if place.weight.data_ptr() != weight.data_ptr() or place.weight.device != weight.device:
+    def settle(self, space: Space) -> None:
+        """What has begun is done, or not done; its edits then have the pieces that they are undone by."""
+        if self._for_good:
+            self.run(space)
+        else:
+            self.back(space)
+
+    @property
+    def _all(self) -> list[Editing]:
+        return [*self.old, *self._new]
+
+    @contextmanager
+    def _turns(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for editing in self._all:
+                stack.enter_context(editing.turn)
+            yield
+
+    def _start(self) -> tuple[Launched, list[Work]]:
+        if self._begun is None:
+            works = [self._work(*pair) for pair in self._pairs]
+            self._begun = Launched(works, residual=True), works
+            for editing in self._all:
+                editing.together = self
+                editing.over |= self._for_good
+        self._check_places()
+        self._begun[0].start()
+        return self._begun
+
+    def _work(self, old: Editing | None, new: Editing | None) -> Work:
+        edit, back = _edit(old, new), None
+        if old is not None:
+            ahead = old.ahead() if old.ahead is not None else None
+            back = -(ahead or self._ahead).of(old.edit)
+        forth = None if new is None else self._ahead.of(new.edit)
+        weight = edit.target.place.weight.view(edit.view)
+        return Work(forth, weight, weight, edit.target.place.name, back, old.whole if old is not None else None)
+
+    def _check_places(self) -> None:
+        assert self._begun is not None
+        for pair, work in zip(self._pairs, self._begun[1], strict=True):
+            place = _edit(*pair).target.place
+            if place.weight.data_ptr() != work.W.data_ptr() or place.weight.device != work.W.device:
                 raise Conflict(
-                    f"{place.name!r} was moved while a merge was half taken out of it, which cannot go on there: "
-                    "load the model again."
+                    f"{place.name!r} was moved while a merge was half done in it, which cannot go on there: load the "
+                    "model again."
                 )
+
+    def _end(self) -> None:
+        for editing in self._all:
+            editing.together = None
+
+
+def _edit(old: Editing | None, new: Editing | None) -> Edit:
+    """Whose tensor it is."""
+    found = old if old is not None else new
+    assert found is not None
+    return found.edit
+
+
+def go_together(old: Sequence[Editing], new: Sequence[Editing]) -> bool:
+    """Whether edits that share memory are a pair that can be launched."""
+    if len(old) > 1 or len(new) > 1 or not all(is_launched(each.edit) for each in (*old, *new)):
+        return False
+    for one in old:
+        place = one.edit.target.place
+        if one.whole is None or one.whole.device != place.tensor.device:
+            return False
+        for other in new:
+            edits = one.edit, other.edit
+            spans, views = {edit.target.place.span for edit in edits}, {edit.view for edit in edits}
+            if len(spans) > 1 or len(views) > 1 or len({_is_single(edit) for edit in edits}) > 1:
+                return False
+    return True
+
+
+def _is_single(edit: Edit) -> bool:
+    assert edit.plain is not None
+    dtype = edit.target.place.tensor.dtype
+    return gpu.single(edit.plain.low_rank, (dtype, dtype))
 
 
 def _count_changes(editings: Sequence[Editing]) -> None:
@@ -163,7 +212,7 @@ def merge(
     try:
         for device, here in _by_device(editings).items():
             launched, others = _divided(here)
-            first = [partial(_apply, launched, ahead)] if launched else []
+            first = [partial(Together([(None, one) for one in launched], ahead).run, space)] if launched else []
             run(device, threads, first, [partial(editing.apply, space) for editing in others])
         return done(editings)
     except BaseException:
@@ -181,31 +230,35 @@ def unmerge(editings: Sequence[Editing], threads: int | None) -> None:
     """What is not taken back yet; after an interruption it may be called again."""
     space = Space()
     for device, here in _by_device(editings).items():
-        run(device, threads, _returning(here), [partial(editing.undo, space) for editing in here])
+        for stage in _undoing(here, space):
+            run(device, threads, stage)
 
 
-def _returning(editings: Sequence[Editing]) -> list[Callable[[], None]]:
-    """What takes those back that are launched; what has begun goes on."""
-    begun = {id(one.returning): one.returning for one in editings if one.returning is not None}
-    launched, _ = _divided([one for one in editings if one.returning is None])
-    return [one.run for one in (*begun.values(), *([Returning(launched)] if launched else []))]
+def _undoing(editings: Sequence[Editing], space: Space) -> Iterator[list[Callable[[], None]]]:
+    """What takes back edits of one device; each stage when those before it are done."""
+    begun = {id(one.together): one.together for one in editings if one.together is not None}
+    if begun:
+        yield [partial(together.settle, space) for together in begun.values()]
+    whole = [one for one in editings if go_together([one], [])]
+    if whole:
+        yield [partial(Together([(one, None) for one in whole], for_good=True).run, space)]
+    yield [partial(editing.undo, space) for editing in editings]
 
 
 def apply_here(editings: Sequence[Editing], ahead: Ahead, space: Space) -> None:
     """All of one device, in this thread. Where it fails some are applied, each as a whole or in part."""
     launched, others = _divided(editings)
     if launched:
-        _apply(launched, ahead)
+        Together([(None, one) for one in launched], ahead).run(space)
     for editing in others:
         editing.apply(space)
 
 
 def undo_here(editings: Sequence[Editing], space: Space) -> None:
     """All of one device, in this thread. May be called again where it was interrupted."""
-    for job in _returning(editings):
-        job()
-    for editing in editings:
-        editing.undo(space)
+    for stage in _undoing(editings, space):
+        for job in stage:
+            job()
 
 
 def _by_device(editings: Sequence[Editing]) -> dict[torch.device, list[Editing]]:

@@ -18,7 +18,7 @@ import torch
 from loreg.algebra.changing import Space
 from loreg.serving import merging
 from loreg.serving.applying import Edit, Editing
-from loreg.serving.merging import Ahead
+from loreg.serving.merging import Ahead, Together
 
 T = TypeVar("T")
 
@@ -107,13 +107,16 @@ def _devices(*editings: Sequence[Editing]) -> list[torch.device]:
     return list(dict.fromkeys(one.edit.target.place.tensor.device for group in editings for one in group))
 
 
-def _changes(device: torch.device, old: Sequence[Editing], new: Sequence[Editing], ahead: Ahead) -> Iterator[Change]:
+def _changes(
+    device: torch.device, old: Sequence[Editing], new: Sequence[Editing], ahead: Ahead
+) -> Iterator[Change | Together]:
     """The largest first, for the threads."""
     gone, come = ([e for e in group if e.edit.target.place.tensor.device == device] for group in (old, new))
-    if any(merging.is_launched(editing.edit) for editing in (*gone, *come)):
-        yield Change(gone, come, ahead)  # what is launched, is for all weights together
-        return
-    found = [Change(*group, ahead) for group in _overlapping(gone, come)]
+    groups = list(_overlapping(gone, come))
+    pairs = [(next(iter(old), None), next(iter(new), None)) for old, new in groups if merging.go_together(old, new)]
+    if pairs:
+        yield Together(pairs, ahead)
+    found = [Change(*group, ahead) for group in groups if not merging.go_together(*group)]
     yield from sorted(found, key=lambda change: -sum(_size(editing) for editing in (*change.old, *change.new)))
 
 

@@ -16,8 +16,9 @@ from live_models import Bytes, bytes_of, module_of
 import loreg
 from loreg import serving
 from loreg.algebra import Dense, LowRank, WeightedSum, gpu, launching
-from loreg.algebra.corrections import Corrections
 from loreg.algebra.edits import Prepared
+from loreg.algebra.gpu import groups
+from loreg.algebra.gpu.groups import Group
 from loreg.algebra.gpu.lists import Lists
 from loreg.algebra.rounding import bits
 from loreg.errors import BadInput, Conflict
@@ -38,8 +39,8 @@ def by_torch() -> Iterator[None]:
 
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_LEAST", 1)
-    monkeypatch.setattr(gpu, "SHARE", (0.0, 0.0))
+    monkeypatch.setattr(groups, "_LEAST", 1)
+    monkeypatch.setattr(groups, "SHARE", (0.0, 0.0))
 
 
 def model_of(*kinds: str) -> dict[str, launched.Case]:
@@ -99,14 +100,16 @@ def test_the_bytes_of_a_merge_on_disk(
         registry.merge("0.3*sql - 2*humor", tmp_path / "out", verify="none")
     expected, before = bytes_of(module_of(tiny.tensors_in(tmp_path / "out"))), bytes_of(model)
     launches, tiles = list[int](), list[str]()
-    start, apply = gpu._Group.begin, applying.Editing.apply
-    monkeypatch.setattr(gpu._Group, "begin", lambda group: (launches.append(len(group.jobs)), start(group))[1])
+    start, apply = groups.Group.start, applying.Editing.apply
+    monkeypatch.setattr(
+        groups.Group, "start", lambda group, *rooms: (launches.append(len(group.jobs)), start(group, *rooms))[1]
+    )
     monkeypatch.setattr(applying.Editing, "apply", lambda self, space: (tiles.append(""), apply(self, space))[1])
     ready = prepare(model, "0.3*sql - 2*humor", registry)
     assert not launches
     first = ready.apply()
     assert bytes_of(model).items() <= expected.items() and bytes_of(model) != before
-    assert set(launches) == {2}, "both weights in one launch"
+    assert launches == [2], "both weights in one launch"
     assert not tiles and first.undo_bytes > 0
     serving.unmerge_(model, first)
     assert bytes_of(model) == before
@@ -235,10 +238,10 @@ def test_an_error_in_a_stack_and_in_what_is_not_launched() -> None:
 
 EVERY = 13
 STEPS: list[tuple[Any, str]] = [
-    (Prepared, "forth"), (Prepared, "back"), (Lists, "opened"), (Lists, "undone"), (Lists, "listed"),
-    (Lists, "overflowed"), (gpu._Group, "_merge"), (gpu._Group, "_settle"), (gpu._Group, "start"),
-    (launching, "_sent"), (launching, "_decide"), (launching, "_corrected"), (launching, "_spreads"),
-    (launching, "_joined"),
+    (Prepared, "forth"), (Prepared, "back"), (Lists, "words"), (Group, "start"), (Group, "_launch"),
+    (Group, "_settle"), (Group, "_put"), (Group, "_opened"), (Group, "_elsewhere"), (Group, "_entries"),
+    (Group, "take"), (Group, "decide"), (Group, "after"), (Group, "undo"), (Group, "reversed"), (groups, "moved"),
+    (groups, "packed"), (groups, "_write"), (launching, "_joined"),
 ]  # fmt: skip
 
 
@@ -293,26 +296,6 @@ def test_an_error_at_some_steps_of_an_unmerge() -> None:
                 merging.unmerge(editings, 1)
         merging.unmerge(editings, 1)
         assert unchanged(cases, before), step
-
-
-def test_an_unmerge_that_had_corrected_a_tensor_does_not_compute_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose elements were decided exactly, and then corrected."""
-    cases = model_of("full", "ties")
-    before = copied(cases)
-    editings, add, done = merged(cases), Corrections.add_to, list[torch.dtype]()
-
-    def add_to(self: Corrections, predicted: torch.Tensor) -> None:
-        done.append(predicted.dtype)
-        if len(done) == 2:
-            raise MemoryError
-        add(self, predicted)
-
-    monkeypatch.setattr(Corrections, "add_to", add_to)
-    with pytest.raises(MemoryError):
-        merging.unmerge(editings, 1)
-    merging.unmerge(editings, 1)
-    assert done == [BF16, F32, F32]
-    assert unchanged(cases, before)
 
 
 def test_an_unmerge_that_was_interrupted_does_not_go_on_elsewhere() -> None:

@@ -59,7 +59,7 @@ def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("file", ["triton_cases.py", "live_cases.py"])
+@pytest.mark.parametrize("file", ["triton_cases.py", "swap_cases.py", "live_cases.py"])
 def test_they_give_the_bytes_of_torchs_passes(file: str) -> None:
     """And live merges by them are all or nothing."""
     cases = str(Path(__file__).with_name(file))

@@ -1,7 +1,8 @@
-"""The two kernels of ``loreg.algebra.gpu``, which says what they are for. Imported only where they are to run.
+"""The kernels of ``loreg.algebra.gpu``, which says what they are for. Imported only where they are to run.
 
-A job is one weight. ``table``: FIELDS int64 for each job, in the order of ``merge``'s loads; ``reals``: for each the
-η and S of its bound, for what is rounded and for what taking back the delta gives (algebra/edits.py, Prepared).
+A job is one weight. ``table``: FIELDS int64 for each (groups.py, Job.row); ``reals``: for each the η and S of the
+bound of what is rounded, then of what taking back the delta gives (algebra/edits.py, Prepared), and from the fifth on
+those of the edit that is taken back.
 Elements come in words of LANES neighbours of one row: what one thread loads at once, and what the lists hold.
 """
 
@@ -10,15 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = 15
-LANES = 8
+from loreg.algebra.gpu import undo
+
+FIELDS = tl.constexpr(23)
+FORWARD, BACKWARD, KEPT = tl.constexpr(12), tl.constexpr(16), tl.constexpr(20)
+"""Where in a row of the table an edit, one that is taken back, and what is kept of that begin."""
 
 BF16 = tl.constexpr(0)
 F16 = tl.constexpr(1)
 F32 = tl.constexpr(2)
 
-_FIELDS = tl.constexpr(FIELDS)
-_LANES = tl.constexpr(LANES)
+_LANES = tl.constexpr(undo.LANES)
+_NIBBLE, _CODED, _ELSEWHERE = tl.constexpr(undo.NIBBLE), tl.constexpr(undo.CODED), tl.constexpr(undo.ELSEWHERE)
 
 
 @triton.jit
@@ -61,10 +65,10 @@ def _apart(one, other, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _byte(apart, one, DTYPE: tl.constexpr):
-    """Of values of one sign, by how many of them they are apart: algebra/rounding.py, ordered()."""
+def _steps(apart, one, DTYPE: tl.constexpr):
+    """Of values of one sign that are not far apart, by how many they are: algebra/rounding.py, ordered()."""
     steps = tl.where(one < 0, -apart, apart)
-    return (steps if DTYPE == F32 else steps >> 16).to(tl.int8)
+    return steps.to(tl.int32) if DTYPE == F32 else steps >> 16
 
 
 @triton.jit
@@ -171,7 +175,8 @@ def _undoing(
     raw, value, delta, margin, bound,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """The residual, which words have one that is not zero, and which one that is in doubt or beyond a byte."""
+    """The residual; which words have one that is not zero, in which one is beyond a nibble, and in which one is in
+    doubt or beyond a byte."""
     back = _number(value, OUT).to(delta.dtype) - delta
     predicted = _nearest(back.to(tl.float32), IN, CONVERTS)
     if SINGLE:
@@ -180,140 +185,223 @@ def _undoing(
         some, _ = _screen(back, tl.load(bound + 2), tl.load(bound + 3), IN)
         doubt = tl.max(some.to(tl.int32), 2) != 0
     apart = _apart(raw, predicted, IN)
-    most, least = tl.max(apart, 2), tl.min(apart, 2)
-    limit = 127 if IN == F32 else 127 << 16
-    return _byte(apart, raw, IN), (most != 0) | (least != 0), doubt | (most > limit) | (least < -limit)
+    size = tl.maximum(tl.max(apart, 2), -tl.min(apart, 2))
+    one: tl.constexpr = 1 if IN == F32 else 65536
+    return _steps(apart, raw, IN), size != 0, size > _NIBBLE * one, doubt | (size > 127 * one)
 
 
 @triton.jit
-def _listed(numbers, values, number, value, slot, base, room, here):
-    """Words of a tile into a list, at slots of the job's part of it, as far as they are there."""
-    here &= slot < room
-    slot += base
+def _misses(at, place, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Of a tile that was edited before, what taking that back misses (``undo.Undo``): its integers, and which words
+    have theirs elsewhere."""
+    entries = tl.load(at + KEPT).to(tl.pointer_type(tl.int32))
+    starts = tl.load(at + KEPT + 1).to(tl.pointer_type(tl.int32))
+    marks = tl.load(at + KEPT + 2).to(tl.pointer_type(tl.int16))
+    mark = tl.load(marks + place * ROWS + tl.arange(0, ROWS)).to(tl.int32)
+    here = (mark[:, None] >> tl.arange(0, WORDS)[None]) & 1
+    by_row = tl.sum(here, 1)
+    entries += tl.load(starts + place)
+    slot = tl.cumsum(here, 1) - here + (tl.cumsum(by_row, 0) - by_row)[:, None]
+    entry = tl.load(entries + slot, mask=here != 0, other=0)
+    coded = entry < _CODED
+    offset = entry - _ELSEWHERE
     lane = tl.arange(0, _LANES)[None, None]
-    tl.store(numbers + slot, number, mask=here)
-    tl.store(values + slot[:, :, None] * _LANES + lane, value, mask=here[:, :, None])
+    bytes_ = entries.to(tl.pointer_type(tl.int8)) + (offset * 4)[:, :, None] + lane
+    far = tl.load(bytes_, mask=(coded & (offset != 0))[:, :, None], other=0)
+    near = (tl.where(coded, 0, entry)[:, :, None] << (28 - 4 * lane)) >> 28
+    return near + far.to(tl.int32), coded & (offset == 0)
 
 
 @triton.jit
-def merge(
-    table, reals, jobs, todo, counters, doubt_at, doubt_were, undo_at, undo_by,
-    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
-    CONVERTS: tl.constexpr, RESIDUAL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _moved(raw, by, DTYPE: tl.constexpr):
+    """The storage value that is ``by`` values away, and of the same sign."""
+    sign = raw.to(tl.int32) >> 31
+    return (raw.to(tl.int32) + (by ^ sign) - sign).to(raw.dtype)
+
+
+@triton.jit
+def _words(address, DTYPE: tl.constexpr):
+    """Storage values as whole words, since what is done with them is done to their bits."""
+    return address.to(tl.pointer_type(tl.int32 if DTYPE == F32 else tl.int16))
+
+
+@triton.jit
+def _edit(at, rows, panel, within, SINGLE: tl.constexpr, RANK: tl.constexpr, PANEL: tl.constexpr):
+    """Pointers to some rows of an edit's left and to a panel of its right, and the margins of those rows."""
+    left = tl.load(at).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
+    right = tl.multiple_of(tl.load(at + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
+    margin = tl.load(tl.load(at + 3).to(tl.pointer_type(tl.float32)) + rows)[:, None] if SINGLE else 0.0
+    return left + rows.to(tl.int64) * RANK, right + panel * (RANK * PANEL) + within, margin
+
+
+@triton.jit
+def change(
+    table, reals, jobs, todo, counters, starts, marks, entries,
+    doubt_at, doubt_was, doubt_base, doubt_by, doubt_left, doubt_entry,
+    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, CONVERTS: tl.constexpr,
+    BACK: tl.constexpr, FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile: W' stored; words with an element in doubt listed, with what W was there; of the other words those
-    listed in which a residual is not zero. All of that, or, where a list has no room for it, nothing but the count of
-    what it needs."""
+    """One tile: what was edited of rank BACK taken back, if that is not 0, and of what is then there the edit of rank
+    FORTH stored, if that is not 0. Words with an element in doubt are listed, those that could not be taken back
+    being left as they are; of the others the residual is kept where it is not zero. All of that, or, where a list has
+    no room for it, nothing but the count of what it needs."""
     tile = tl.program_id(0)
     if tl.load(todo + tile) != 0:
+        WORDS: tl.constexpr = COLUMNS // _LANES
         job = tl.load(jobs + tile)
-        at = table + job.to(tl.int64) * _FIELDS
+        at = table + job.to(tl.int64) * FIELDS
         # As whole words, since what is done with storage values is done to their bits.
         source = tl.load(at).to(tl.pointer_type(tl.int32 if IN == F32 else tl.int16))
         to = tl.load(at + 1).to(tl.pointer_type(tl.int32 if OUT == F32 else tl.int16))
-        left = tl.load(at + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
-        right = tl.multiple_of(tl.load(at + 4).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
-        margin = tl.load(at + 5).to(tl.pointer_type(tl.float32))
-        rows, columns = tl.load(at + 6).to(tl.int32), tl.load(at + 7).to(tl.int32)
-        step, to_step = tl.load(at + 8), tl.load(at + 9)
+        rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
+        step, to_step = tl.load(at + 4), tl.load(at + 5)
         if ALIGNED:
             source, to = tl.multiple_of(source, 16), tl.multiple_of(to, 16)
             columns = tl.multiple_of(columns, 8)
             step, to_step = tl.multiple_of(step, 8), tl.multiple_of(to_step, 8)
 
         across = tl.cdiv(columns, COLUMNS)
-        place = tile - tl.load(at + 10).to(tl.int32)
-        i = place // across * ROWS + tl.arange(0, ROWS)
-        word = place % across * (COLUMNS // _LANES) + tl.arange(0, COLUMNS // _LANES)
-        within = (tl.arange(0, COLUMNS // _LANES) * _LANES)[:, None] + tl.arange(0, _LANES)[None]
+        place = tile - tl.load(at + 6).to(tl.int32)
+        i, panel = place // across * ROWS + tl.arange(0, ROWS), place % across
+        word = panel * WORDS + tl.arange(0, WORDS)
+        within = (tl.arange(0, WORDS) * _LANES)[:, None] + tl.arange(0, _LANES)[None]
         j = word[:, None] * _LANES + tl.arange(0, _LANES)[None]
         inside = (i < rows)[:, None, None] & (j < columns)[None]
-        left += i.to(tl.int64) * RANK
-        right += place % across * (RANK * COLUMNS) + within
-        raw = tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0)
-        off = tl.load(margin + i)[:, None] if SINGLE else 0.0
-        bound = reals + 4 * job
-        delta, value, doubt = _summed(
-            raw, left, right, rows < 0, off, bound, IN, OUT, SINGLE, CONVERTS, RANK, COLUMNS
-        )
         # A word that reaches beyond the last column is in doubt by what is there, as that has no sum.
         whole = (i < rows)[:, None] & (word * _LANES < columns)[None]
-        undone = whole & False
-        if RESIDUAL:
-            by, undone, some = _undoing(raw, value, delta, off, bound, IN, OUT, SINGLE, CONVERTS)
-            doubt |= some
-            undone &= whole & (doubt == 0)
-        doubt &= whole
+        was = tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0)
+        bound = reals + 8 * job
+        base, doubt, left = was, whole & False, whole & False
+        if BACK:
+            L, R, margin = _edit(at + BACKWARD, i, panel, within, SINGLE, BACK, COLUMNS)
+            _, predicted, left = _summed(
+                was, L, R, rows < 0, margin, bound + 4, IN, IN, SINGLE, CONVERTS, BACK, COLUMNS
+            )
+            missed, elsewhere = _misses(at, place, ROWS, WORDS)
+            base = _moved(predicted, missed, IN)
+            left = (left | elsewhere) & whole
+            doubt = left
+            value = base
+        far, undone = whole & False, whole & False
+        if FORTH:
+            L, R, margin = _edit(at + FORWARD, i, panel, within, SINGLE, FORTH, COLUMNS)
+            delta, value, open_ = _summed(
+                base, L, R, rows < 0, margin, bound, IN, OUT, SINGLE, CONVERTS, FORTH, COLUMNS
+            )
+            doubt |= open_ & whole
+            if RESIDUAL:
+                by, undone, far, open_ = _undoing(base, value, delta, margin, bound, IN, OUT, SINGLE, CONVERTS)
+                doubt |= open_ & whole
+                undone = (undone & whole) | doubt
+                far &= undone & (doubt == 0)
+        if BACK:
+            value = tl.where(left[:, :, None], was, value)
 
-        # Both counts in one number, so that one scan and one atomic make room in both lists: a tile has few words.
-        both = (doubt.to(tl.int32) << 16) + undone.to(tl.int32)
+        # All counts in one number, so that one scan and one atomic make room in both lists: a tile has few words.
+        both = (doubt.to(tl.int32) << 20) + (far.to(tl.int32) << 10) + undone.to(tl.int32)
         by_row = tl.sum(both, 1)
         count = tl.sum(by_row, 0)
         fits = count >= 0
         if count > 0:
-            wanted = ((count >> 16).to(tl.int64) << 32) + (count & 0xFFFF)
-            taken = tl.atomic_add(counters + job, wanted, sem="relaxed")
-            doubts, undos = taken >> 32, taken & 0xFFFFFFFF
-            room, undo_room = tl.load(at + 12), tl.load(at + 14)
-            fits = (doubts + (count >> 16) <= room) & (undos + (count & 0xFFFF) <= undo_room)
+            doubts, used = count >> 20, count & 1023
+            entries_ = used + 2 * ((count >> 10) & 1023)
+            taken = tl.atomic_add(counters + job, (doubts.to(tl.int64) << 32) + entries_, sem="relaxed")
+            first_doubt, first = taken >> 32, taken & 0xFFFFFFFF
+            room = tl.load(at + 8)
+            fits = (first_doubt + doubts <= room) & (first + entries_ <= tl.load(at + 10))
             before = tl.cumsum(both, 1) - both + (tl.cumsum(by_row, 0) - by_row)[:, None]
+            lane = tl.arange(0, _LANES)[None, None]
+            slot = before >> 20
+            listed = doubt & (slot < room - first_doubt)
+            first_doubt += tl.load(at + 7)
             # A slot that a tile takes and cannot use holds nothing.
             number = tl.where(fits, i[:, None] * tl.cdiv(columns, _LANES) + word[None], -1)
-            _listed(doubt_at, doubt_were, number, raw, doubts + (before >> 16), tl.load(at + 11), room, doubt)
+            tl.store(doubt_at + first_doubt + slot, number, mask=listed)
+            lanes, all_ = slot[:, :, None] * _LANES + lane, listed[:, :, None]
+            tl.store(doubt_was + first_doubt * _LANES + lanes, was, mask=all_)
+            if BACK:
+                tl.store(doubt_base + first_doubt * _LANES + lanes, base, mask=all_)
+                tl.store(doubt_by + first_doubt * _LANES + lanes, missed.to(tl.int8), mask=all_)
+                tl.store(doubt_left + first_doubt + slot, left.to(tl.int8) + elsewhere.to(tl.int8), mask=listed)
             if RESIDUAL:
-                slot = undos + (before & 0xFFFF)
-                _listed(undo_at, undo_by, number, by, slot, tl.load(at + 13), undo_room, undone)
+                kept, offset = before & 1023, used + 2 * ((before >> 10) & 1023)
+                entry = tl.sum((by & 15) << (4 * lane), 2)
+                entry = tl.where(far, _ELSEWHERE + offset, tl.where(doubt, _ELSEWHERE, entry))
+                here = entries + tl.load(at + 9) + first
+                tl.store(here + kept, entry, mask=undone & fits)
+                bytes_ = here.to(tl.pointer_type(tl.int8)) + 4 * offset[:, :, None] + lane
+                tl.store(bytes_, by.to(tl.int8), mask=(far & fits)[:, :, None])
+                first = (first + tl.load(at + 11)).to(tl.int32)
+                tl.store(doubt_entry + first_doubt + slot, first + kept, mask=listed)
+                tl.store(starts + tile, first, mask=fits)
+                mark = tl.sum(undone.to(tl.int32) << tl.arange(0, WORDS)[None], 1)
+                tl.store(marks + tile * ROWS + tl.arange(0, ROWS), mark.to(tl.int16), mask=fits)
         tl.store(to + (i.to(tl.int64) * to_step)[:, None, None] + j[None], value, mask=inside & fits)
         tl.store(todo + tile, (fits == 0).to(tl.int8))
 
 
 @triton.jit
+def _listed(table, jobs, numbers, place, known, DTYPE: tl.constexpr, WHERE: tl.constexpr):
+    """Of listed words: their jobs, rows and columns, pointers to their elements, and which of these there are."""
+    number = tl.load(numbers + place, mask=known, other=0).to(tl.int64)
+    job = tl.load(jobs + place, mask=known, other=0)
+    at = table + job.to(tl.int64) * FIELDS
+    columns, step = tl.load(at + 3), tl.load(at + (4 if WHERE == 0 else 5))
+    across = tl.cdiv(columns, _LANES)
+    i = (number // across)[:, None]
+    j = (number % across)[:, None] * _LANES + tl.arange(0, _LANES)[None]
+    to = _words(tl.load(at + WHERE), DTYPE)[:, None] + i * step[:, None] + j
+    return job, at, i, j, to, known[:, None] & (j < columns[:, None])
+
+
+@triton.jit
 def settle(
-    table, reals, counters, doubt_at, doubt_were, sums, late, state,
-    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RESIDUAL: tl.constexpr,
-    RANK: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
+    table, reals, jobs, numbers, left, given, values, sums, late, state, count,
+    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
+    BACK: tl.constexpr, RESIDUAL: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The listed words of one job in float64: W' stored, its ``sums``, and in ``late`` the residual. ``state``: 1
-    where W' is open, and 2 more where the residual is, or beyond a byte."""
-    job = tl.program_id(0)
-    at = table + job.to(tl.int64) * _FIELDS
-    to = tl.load(at + 1).to(tl.pointer_type(tl.int32 if OUT == F32 else tl.int16))
-    left = tl.load(at + 3).to(tl.pointer_type(tl.float64))
-    right = tl.load(at + 4).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
-    columns, to_step = tl.load(at + 7), tl.load(at + 9)
-    base, across = tl.load(at + 11), tl.cdiv(columns, _LANES)
-    count = tl.minimum(tl.load(counters + job) >> 32, tl.load(at + 12)).to(tl.int32)
-    for start in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        number = tl.load(doubt_at + base + place, mask=place < count, other=-1)
-        known = tl.where(number < 0, 0, number).to(tl.int64)
-        lane = tl.arange(0, _LANES)[None]
-        i, j = (known // across)[:, None], (known % across)[:, None] * _LANES + lane
-        here = (number >= 0)[:, None] & (j < columns)
-        slot = (base + place)[:, None] * _LANES + lane
-        raw = tl.load(doubt_were + slot, mask=here, other=0)
-        delta = tl.zeros([BLOCK, _LANES], tl.float64)
-        for k in range(RANK):
-            r = tl.load(right + j // PANEL * (RANK * PANEL) + k * PANEL + j % PANEL)
-            delta += tl.load(left + i * RANK + k) * r.to(tl.float64)
-        total = _number(raw, IN).to(tl.float64) + delta
-        value, found = _decided(total, tl.load(reals + 4 * job), tl.load(reals + 4 * job + 1), OUT, CONVERTS)
-        tl.store(to + i * to_step + j, value, mask=here)
-        found &= here
-        open_ = found.to(tl.int8)
-        if RESIDUAL:
-            back = _number(value, OUT).to(tl.float64) - delta
-            bound, spread = tl.load(reals + 4 * job + 2), tl.load(reals + 4 * job + 3)
-            predicted, unsure = _decided(back, bound, spread, IN, CONVERTS)
-            apart = _apart(raw, predicted, IN)
-            limit = 127 if IN == F32 else 127 << 16
-            unsure = (unsure | found | (apart > limit) | (apart < -limit)) & here
-            by = tl.where(here & (unsure == 0), _byte(apart, raw, IN), 0)
-            tl.store(late + slot, by, mask=(place < count)[:, None])
-            open_ += unsure.to(tl.int8) * 2
-        tl.store(sums + slot, total, mask=here)
-        tl.store(state + slot, open_, mask=(place < count)[:, None])
+    """Listed words in float64: of what is ``given`` there the ``values`` after one edit and their ``sums``, and in
+    ``late`` the residual. ``state``: 1 where a value is open, and 2 more where the residual is, or beyond a byte.
+    ``BACK``: those that are ``left``, by the edit that is taken back."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = place < count
+    if BACK:
+        known &= tl.load(left + place, mask=known, other=0) != 0
+    job, at, i, j, _, here = _listed(table, jobs, numbers, place, known, OUT, 1)
+    edit, bound = at + (BACKWARD if BACK else FORWARD), reals + (8 * job + (4 if BACK else 0))[:, None]
+    L = tl.load(edit + 1).to(tl.pointer_type(tl.float64))[:, None] + i * RANK
+    R = tl.load(edit + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))[:, None]
+    R += j // PANEL * (RANK * PANEL) + j % PANEL
+    slot = place[:, None] * _LANES + tl.arange(0, _LANES)[None]
+    raw = tl.load(given + slot, mask=here, other=0)
+    delta = tl.zeros([BLOCK, _LANES], tl.float64)
+    for k in range(RANK):
+        delta += tl.load(L + k, mask=here, other=0) * tl.load(R + k * PANEL, mask=here, other=0).to(tl.float64)
+    total = _number(raw, IN).to(tl.float64) + delta
+    value, found = _decided(total, tl.load(bound), tl.load(bound + 1), OUT, CONVERTS)
+    found &= here
+    open_ = found.to(tl.int8)
+    if RESIDUAL:
+        back = _number(value, OUT).to(tl.float64) - delta
+        predicted, unsure = _decided(back, tl.load(bound + 2), tl.load(bound + 3), IN, CONVERTS)
+        apart = _apart(raw, predicted, IN)
+        limit = 127 if IN == F32 else 127 << 16
+        unsure = (unsure | found | (apart > limit) | (apart < -limit)) & here
+        by = tl.where(here & (unsure == 0), _steps(apart, raw, IN), 0)
+        tl.store(late + slot, by.to(tl.int8), mask=known[:, None])
+        open_ += unsure.to(tl.int8) * 2
+    tl.store(values + slot, value, mask=here)
+    tl.store(sums + slot, total, mask=here)
+    tl.store(state + slot, open_, mask=(place < count)[:, None])
 
 
-COMPILED = isinstance(merge, triton.runtime.JITFunction)
+@triton.jit
+def put(table, jobs, numbers, values, count, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """Listed words where they belong."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, _, _, _, to, here = _listed(table, jobs, numbers, place, place < count, OUT, 1)
+    tl.store(to, tl.load(values + place[:, None] * _LANES + tl.arange(0, _LANES)[None], mask=here), mask=here)
+
+
+COMPILED = isinstance(change, triton.runtime.JITFunction)
 """Or interpreted, for tests."""

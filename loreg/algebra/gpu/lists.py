@@ -1,204 +1,167 @@
-"""What a launch lists, word by word of LANES neighbours of a row, and what is read of it once it is done."""
+"""What a launch lists: words that one rounding leaves in doubt, and what undoes the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loreg.algebra.gpu.undo import LANES
 from loreg.algebra.passes import Candidates
 
-LANES = 8
-_AT_ONCE = 2**24
-"""Words of which elements are taken out together: a pass for each weight would wait for the device each time."""
-
-
-class Place(NamedTuple):
-    """Of a job: its first row within the weight, and its columns."""
-
-    first: int
-    columns: int
-
-    @property
-    def words(self) -> int:
-        """Of a row."""
-        return -(-self.columns // LANES)
+HOST = torch.device("cpu")
 
 
 class Open(NamedTuple):
-    """Elements of one job that are open: where in the weight, float64 sums, W; and what ``settle`` says of each."""
+    """Elements of words that are open: of which job, where in the list, and where in the weight; float64 sums, what
+    was summed up with the edit, and what ``settle`` says of each. Job after job."""
 
+    job: Tensor
+    slot: Tensor
     rows: Tensor
     columns: Tensor
     near: Tensor
     W: Tensor
     state: Tensor
 
-    @classmethod
-    def none(cls, W: Tensor) -> Open:
-        places, values = W.new_empty(0, dtype=torch.int64), W.new_empty(0, dtype=torch.float64)
-        return cls(places, places, values, W.new_empty(0), W.new_empty(0, dtype=torch.int8))
+    def to(self, device: torch.device) -> Open:
+        """W in float32, which has all values of the dtypes that there are."""
+        return Open(*(x.to(device) for x in self._replace(W=self.W.float())))
+
+    def only(self, here: Tensor) -> Open:
+        return Open(*(x[here] for x in self))
 
     @property
-    def found(self) -> Candidates:
-        """Of which W' is open."""
-        here = self.state % 2 == 1
-        return Candidates(*(x[here] for x in self[:4]))
+    def found(self) -> Open:
+        """Of which the value is open."""
+        return self.only(self.state % 2 == 1)
 
     @property
-    def unsure(self) -> Candidates:
+    def unsure(self) -> Open:
         """Of which the residual is."""
-        here = self.state >= 2
-        W = self.W[here]
-        return Candidates(self.rows[here], self.columns[here], self.near[here] - W.double(), W)
+        return self.only(self.state >= 2)
+
+    @property
+    def candidates(self) -> Candidates:
+        return Candidates(self.rows, self.columns, self.near, self.W)
+
+    @property
+    def deltas(self) -> Candidates:
+        """As those in doubt of a residual are given."""
+        return Candidates(self.rows, self.columns, self.near - self.W.double(), self.W)
+
+    def by_job(self, jobs: int) -> list[Open]:
+        """For each job; on the host."""
+        sizes: list[int] = self.job.bincount(minlength=jobs).tolist()
+        return [Open(*parts) for parts in zip(*(torch.split(x, sizes) for x in self), strict=True)]
 
 
-class Undone(NamedTuple):
-    """The residual of one job where it is not 0: int8, at ``places`` (int64, no order) of its elements in a row."""
+@dataclass(slots=True)
+class Words:
+    """Words in doubt, job after job, on the device: (n), and of their elements (n, LANES).
 
-    places: Tensor
-    value: Tensor
+    ``at``: which of the job's, counted row by row; ``entry``: where what undoes it is to be; ``was``: what W was.
+    ``left``: 0 where that was taken back to ``base``, and if it was not, 1 where ``by`` is what has to be added then,
+    and 2 where what that is is not known here.
+    """
+
+    job: Tensor
+    at: Tensor
+    entry: Tensor
+    was: Tensor
+    base: Tensor
+    by: Tensor
+    left: Tensor
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def only(self, here: Tensor) -> Words:
+        return Words(*(x[here] if len(x) else x for x in self._all))
+
+    @property
+    def _all(self) -> tuple[Tensor, ...]:
+        return self.job, self.at, self.entry, self.was, self.base, self.by, self.left
 
     @classmethod
-    def none(cls, W: Tensor) -> Undone:
-        return cls(W.new_empty(0, dtype=torch.int64), W.new_empty(0, dtype=torch.int8))
+    def joined(cls, runs: Sequence[Words]) -> Words:
+        if len(runs) == 1:
+            return runs[0]
+        found = cls(*map(torch.cat, zip(*(words._all for words in runs), strict=True)))
+        return found.only(found.job.argsort(stable=True))
 
+    @property
+    def key(self) -> Tensor:
+        return (self.job.long() << 32) + self.at
 
-class Listed(NamedTuple):
-    """Elements of one job in words that were in doubt, and what W was there."""
-
-    rows: Tensor
-    columns: Tensor
-    were: Tensor
-
-    @classmethod
-    def none(cls, W: Tensor) -> Listed:
-        places = W.new_empty(0, dtype=torch.int64)
-        return cls(places, places, W.new_empty(0))
+    def without(self, other: Words) -> Words:
+        return self.only(~torch.isin(self.key, other.key))
 
 
 class Lists:
-    """For each job room for so many words in doubt, and for so many words of the residual."""
+    """Room for so many words in doubt, and for so many integers of what undoes the others, of each job.
 
-    def __init__(self, doubts: Sequence[int], undos: Sequence[int], word: torch.dtype, device: torch.device) -> None:
-        self.doubts, self.undos = list(doubts), list(undos)
-        self.doubt_bases, self.undo_bases = ([0, *accumulate(rooms)] for rooms in (doubts, undos))
-        doubt, undo = self.doubt_bases[-1], self.undo_bases[-1]
-        self.counters = torch.zeros(len(self.doubts), dtype=torch.int64, device=device)
-        self.doubt_at = torch.empty(doubt, dtype=torch.int32, device=device)
-        self.doubt_were = torch.empty(doubt, LANES, dtype=word, device=device)
-        self.sums = torch.empty(doubt, LANES, dtype=torch.float64, device=device)
-        # It is read also where an error came before ``settle``: of lanes beyond the last column it then says nothing.
-        self.late = torch.zeros(doubt, LANES, dtype=torch.int8, device=device)
-        self.state = torch.empty(doubt, LANES, dtype=torch.int8, device=device)
-        self.undo_at = torch.empty(undo, dtype=torch.int32, device=device)
-        self.undo_by = torch.empty(undo, LANES, dtype=torch.int8, device=device)
-        self.started = 0  # of the kernels
+    ``word``: the dtype of a storage value as an integer. ``back``: whether something is taken back."""
 
-    def wanted(self, counts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Of what ``counters`` were: words in doubt, and of the residual, that all jobs have."""
+    def __init__(
+        self, doubts: Sequence[int], entries: Sequence[int], word: torch.dtype, device: torch.device, back: bool
+    ) -> None:
+        self.rooms = list(doubts), list(entries)
+        self.bases = tuple([0, *accumulate(rooms)] for rooms in self.rooms)
+        doubt, entry = (bases[-1] for bases in self.bases)
+        taken = doubt if back else 0
+
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.counters = torch.zeros(len(self.rooms[0]), dtype=torch.int64, device=device)
+        self.at, self.was = empty(torch.int32, doubt), empty(word, doubt, LANES)
+        self.base, self.by = empty(word, taken, LANES), empty(torch.int8, taken, LANES)
+        self.left = empty(torch.int8, taken)
+        self.entry = empty(torch.int32, doubt if entry else 0)
+        self.entries = empty(torch.int32, entry)
+        self.launched = False
+
+    @cached_property
+    def wanted(self) -> tuple[list[int], list[int]]:
+        """Words in doubt, and integers, that all jobs have. Waits for the device."""
+        counts: list[int] = self.counters.tolist()
         return [count >> 32 for count in counts], [count & 0xFFFFFFFF for count in counts]
 
-    def overflowed(self, counts: Sequence[int]) -> bool:
-        wanted = self.wanted(counts)
-        pairs = (*zip(wanted[0], self.doubts, strict=True), *zip(wanted[1], self.undos, strict=True))
-        return any(count > room for count, room in pairs)
+    @property
+    def overflowed(self) -> bool:
+        pairs = zip(self.wanted, self.rooms, strict=True)
+        return any(count > room for counts, rooms in pairs for count, room in zip(counts, rooms, strict=True))
 
-    def opened(self, counts: Sequence[int], places: Sequence[Place], dtype: torch.dtype) -> list[Open]:
-        """For each job; ``dtype``: W's."""
-        device = self.doubt_at.device
-        spans = list(_spans(self.doubt_bases, self.doubts, self.wanted(counts)[0]))
-        slots = torch.cat([torch.arange(start, end, device=device) for start, end in spans])
-        hits = self.state[slots].nonzero()
-        slot, lane = slots[hits[:, 0]], hits[:, 1]
-        job = owners([end - start for start, end in spans], device)[hits[:, 0]]
-        number, near = self.doubt_at[slot].long(), self.sums[slot, lane]
-        were, state = self.doubt_were.view(dtype)[slot, lane], self.state[slot, lane]
-        found = []
-        parts = zip(*(_split(x, job, len(places)) for x in (number, lane, near, were, state)), strict=True)
-        for place, (number_, lane_, near_, were_, state_) in zip(places, parts, strict=True):
-            columns = number_ % place.words * LANES + lane_
-            found.append(Open(number_ // place.words + place.first, columns, near_, were_, state_))
-        return found
+    @property
+    def used(self) -> tuple[list[int], list[int]]:
+        """Of the rooms."""
+        doubts, entries = (
+            [min(pair) for pair in zip(counts, rooms, strict=True)]
+            for counts, rooms in zip(self.wanted, self.rooms, strict=True)
+        )
+        return doubts, entries
 
-    def listed(self, counts: Sequence[int], places: Sequence[Place], dtype: torch.dtype) -> list[Listed]:
-        """For each job, all elements of the words in doubt."""
-        found, lanes = [], torch.arange(LANES, device=self.doubt_at.device)
-        for place, (start, end) in zip(
-            places, _spans(self.doubt_bases, self.doubts, self.wanted(counts)[0]), strict=True
-        ):
-            number = self.doubt_at[start:end].long()[:, None]
-            columns = number % place.words * LANES + lanes
-            here = (number >= 0) & (columns < place.columns)
-            rows = (number // place.words + place.first).expand_as(columns)
-            found.append(Listed(rows[here], columns[here], self.doubt_were[start:end].view(dtype)[here]))
-        return found
-
-    def undone(self, counts: Sequence[int], places: Sequence[Place]) -> list[Undone]:
-        """For each job what is known of its residual."""
-        doubts, undos = self.wanted(counts)
-        given = zip(
-            _spans(self.doubt_bases, self.doubts, doubts), _spans(self.undo_bases, self.undos, undos),
-            places, strict=True,
-        )  # fmt: skip
-        found: list[Undone] = []
-        for batch in _batches(list(given)):
-            at = [x for doubt, undo, _ in batch for x in (self.doubt_at[slice(*doubt)], self.undo_at[slice(*undo)])]
-            by = [x for doubt, undo, _ in batch for x in (self.late[slice(*doubt)], self.undo_by[slice(*undo)])]
-            numbers_, values = torch.cat(at), torch.cat(by)
-            values[numbers_ < 0] = 0  # where a tile had no room
-            hits = values.nonzero()
-            owner = owners([doubt[1] - doubt[0] + undo[1] - undo[0] for doubt, undo, _ in batch], values.device)
-            job = owner[hits[:, 0]]
-            number, value = numbers_[hits[:, 0]].long(), values[hits[:, 0], hits[:, 1]]
-            parts = (_split(x, job, len(batch)) for x in (number, hits[:, 1], value))
-            for (_, _, place), number_, lane, value_ in zip(batch, *parts, strict=True):
-                index = number_ // place.words * place.columns + number_ % place.words * LANES + lane
-                found.append(Undone(index, value_))
-        return found
-
-
-_Span = tuple[int, int]
-_T = TypeVar("_T", bound=Open | Undone | Listed)
-
-
-def _spans(bases: Sequence[int], rooms: Sequence[int], counts: Sequence[int]) -> Iterator[_Span]:
-    for base, room, count in zip(bases, rooms, counts, strict=False):
-        yield base, base + min(count, room)
-
-
-def _batches(given: Sequence[tuple[_Span, _Span, Place]]) -> Iterator[list[tuple[_Span, _Span, Place]]]:
-    batch, words = list[tuple[_Span, _Span, Place]](), 0
-    for job in given:
-        here = sum(end - start for start, end in job[:2])
-        if batch and words + here > _AT_ONCE:
-            yield batch
-            batch, words = [], 0
-        batch.append(job)
-        words += here
-    if batch:
-        yield batch
+    def words(self) -> Words:
+        device, sizes = self.at.device, self.used[0]
+        job = owners(sizes, device)
+        gaps = [base - before for base, before in zip(self.bases[0], accumulate([0, *sizes]), strict=False)]
+        slot = torch.arange(len(job), device=device) + numbers(gaps, device)[job]
+        slot, job = (x[self.at[slot] >= 0] for x in (slot, job))  # else of a tile that had no room
+        at, was, entry, base, by, left = (
+            x[slot] if len(x) else x for x in (self.at, self.was, self.entry, self.base, self.by, self.left)
+        )
+        return Words(job.int(), at, entry, was, base if len(self.base) else was, by, left)
 
 
 def owners(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """0 as often as the first of ``sizes`` says, and so on."""
+    """int64: 0 as often as the first of ``sizes`` says, and so on."""
     return torch.arange(len(sizes), device=device).repeat_interleave(numbers(sizes, device), output_size=sum(sizes))
-
-
-def _split(x: Tensor, job: Tensor, jobs: int) -> list[Tensor]:
-    """``x`` by ``job``, which ascends."""
-    sizes: list[int] = job.bincount(minlength=jobs).tolist()
-    return list(torch.split(x, sizes))
-
-
-def joined(runs: Sequence[list[_T]]) -> list[_T]:
-    """What several runs have of each job; nothing of none."""
-    if len(runs) == 1:
-        return runs[0]
-    return [type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*runs, strict=True)]
 
 
 def numbers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
