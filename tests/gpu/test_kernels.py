@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_tiles_have_the_bytes_of_the_cpu(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
-def test_a_model_is_merged_in_place_and_back(dtype: torch.dtype, size: float) -> None:
+def test_a_model_is_merged_in_place_swapped_and_taken_back(dtype: torch.dtype, size: float) -> None:
     """Also where most words have a residual, which a first launch has no room for."""
     cases = [
         _case(rows, columns, rank, dtype, size=size, seed=seed)
@@ -85,16 +86,33 @@ def test_a_model_is_merged_in_place_and_back(dtype: torch.dtype, size: float) ->
     live = [W.to(CUDA) for W, _ in cases]
     with _without_waiting():
         launched = launch(_works(cases, live), residual=True)
-    undos = launched.done()
+    kept = launched.done()
     for (W, edit), weight in zip(cases, live, strict=True):
         assert torch.equal(bits(weight.cpu()), bits(edit.apply(W)))
+    others = [_case(*W.shape, 16, dtype, size=size, seed=9)[1] for W, _ in cases]
+    works = [
+        replace(work, back=(-edit).prepare(W.shape, dtype, dtype, CUDA), kept=one)
+        for work, (W, edit), one in zip(
+            _works([(W, other) for (W, _), other in zip(cases, others, strict=True)], live), cases, kept, strict=True
+        )
+    ]
     with _without_waiting():
-        launched = launch(_works([(W, -edit) for W, edit in cases], live))
+        launched = launch(works, residual=True)
+    kept = launched.done()
+    for (W, _), other, weight in zip(cases, others, live, strict=True):
+        assert torch.equal(bits(weight.cpu()), bits(other.apply(W)))
+    launched.back()
+    for (W, edit), weight in zip(cases, live, strict=True):
+        assert torch.equal(bits(weight.cpu()), bits(edit.apply(W)))
+    launch(works, residual=True).done()
+    backs = [
+        Work(None, weight, weight, back=(-other).prepare(weight.shape, dtype, dtype, CUDA), kept=one)
+        for weight, other, one in zip(live, others, kept, strict=True)
+    ]
+    with _without_waiting():
+        launched = launch(backs)
     launched.done()
-    for (W, _), weight, undo in zip(cases, live, undos, strict=True):
-        assert undo is not None
-        undo.add_to(weight.view(-1))
-        assert torch.equal(bits(weight.cpu()), bits(W))
+    assert all(torch.equal(bits(weight.cpu()), bits(W)) for (W, _), weight in zip(cases, live, strict=True))
 
 
 def _works(cases: list[tuple[torch.Tensor, WeightedSum]], live: list[torch.Tensor]) -> list[Work]:
@@ -124,7 +142,7 @@ def test_a_live_merge_has_the_bytes_of_the_cpu_and_waits_as_often_for_many_tenso
         edits = launched.edits(cases)
         ahead = merging.Ahead(edits)
         with _waits() as forth:
-            editings = merging.merge(edits, None, ahead)
+            editings = merging.merge(edits, None, ahead, list, lambda: None)
         for name, (W, edit) in cases.items():
             assert launched.same(W, edit.apply(before[name])), name
         kept = sum(editing.nbytes for editing in editings)
@@ -159,7 +177,7 @@ def test_an_error_in_the_last_of_many_leaves_all_as_they_were(value: float) -> N
     before = {name: W.clone() for name, (W, _) in cases.items()}
     edits = launched.edits(cases)
     with pytest.raises(BadInput, match=r"'last': element \[3, 5\]|'last': element \[69, 135\]"):
-        merging.merge(edits, None, merging.Ahead(edits))
+        merging.merge(edits, None, merging.Ahead(edits), list, lambda: None)
     assert all(launched.same(W, before[name]) for name, (W, _) in cases.items())
 
 
@@ -173,14 +191,22 @@ def test_speed_of_layers_of_seven_billion() -> None:
     ]
     copies = [torch.empty_like(weight) for weight in live]
     copying = _milliseconds(lambda: [copy.copy_(weight) for copy, weight in zip(copies, live, strict=True)])
-    for residual in (False, True):
-        works = [
-            Work(edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=residual), W, out)
-            for edit, W, out in zip(edits, live, copies, strict=True)
-        ]
+    forth, back = (
+        [edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=True) for edit, W in zip(found, live, strict=True)]
+        for found in (edits, [-edit for edit in edits])
+    )
+    plain = [Work(*each) for each in zip(forth, live, copies, strict=True)]
+    kept = launch(plain, residual=True).done()
+    ends = list(zip(forth, back, kept, live, copies, strict=True))
+    ways = {
+        "merged": (plain, False),
+        "merged, and what undoes it kept": (plain, True),
+        "taken back": ([Work(None, out, W, back=one, kept=undo) for _, one, undo, W, out in ends], False),
+        "swapped": ([Work(to, out, W, back=one, kept=undo) for to, one, undo, W, out in ends], True),
+    }
+    for name, (works, residual) in ways.items():
         computing = _milliseconds(lambda works=works, residual=residual: launch(works, residual=residual))
-        print(f"residual {residual}: {computing:.2f} ms, a copy {copying:.2f} ms: {100 * copying / computing:.0f} %")
-        launch(works, residual=residual).done()
+        print(f"{name}: {computing:.2f} ms, a copy {copying:.2f} ms: {100 * copying / computing:.0f} %")
 
 
 def _milliseconds(work: object) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 from loreg.algebra.gpu import undo
 from loreg.algebra.gpu.lists import Lists, Open, Words, numbers, owners
 from loreg.algebra.gpu.undo import ELSEWHERE, LANES, Undo, moved, packed
+from loreg.algebra.passes import UNSURE
 from loreg.algebra.rounding import bits
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ _WARPS = 8
 _SETTLED = 16  # words of one block that settles them, and of one that puts them where they belong
 _PUT = 64
 _LEAST = 4096  # words for which there is room
-SHARE = 2.0**-7, 2.0**-2
-"""For which part of all words there is room at first, of those in doubt and of integers that undo the others. One in
-some hundreds is in doubt, and one in ten has a residual where |ΔW| is a hundredth of |W|. Where there are more, a
-second launch does what the first has left."""
+SHARE = 2.0**-4, 2.0**-2
+"""For which part of all words there is room at first, of those in doubt and of integers that undo the others. In
+bfloat16 one in a hundred is in doubt, in float16 one in thirty, as some weights are subnormal; and one in ten has a
+residual where |ΔW| is a hundredth of |W|. Where there are more, a second launch does what the first has left."""
 
 
 def _kernels() -> ModuleType:
@@ -186,7 +187,7 @@ class Group:
         with self._on():
             kernels.change[(len(self._owners),)](
                 self._table, self._reals, self._owners, self.todo, lists.counters, self._starts, self._marks,
-                lists.entries, lists.at, lists.was, lists.base, lists.by, lists.left, lists.entry,
+                lists.entries, lists.at, lists.was, lists.by, lists.entry,
                 **self._dtypes(), SINGLE=job.fused.single, ALIGNED=job.kind[-1],
                 BACK=0 if job.back is None else job.back.rank, FORTH=0 if job.forth is None else job.forth.rank,
                 RESIDUAL=self.residual, ROWS=job.height, COLUMNS=undo.COLUMNS, num_warps=_WARPS,
@@ -228,11 +229,10 @@ class Group:
         """That, but for what it misses, is ``values`` (any float dtype)."""
         words = self.words
         _write(self._taken.values, open_, values, self.jobs[0].W.dtype)
-        by = torch.where((words.left == 1)[:, None], words.by, 0).long()
+        by = torch.where(words.by == UNSURE, 0, words.by).long()
         word, lane, missed = self._elsewhere()
         by[word, lane] = missed
-        values = bits(moved(self._taken.values.view(self.jobs[0].W.dtype), by))
-        self._base = torch.where((words.left != 0)[:, None], values, words.base)
+        self._base = bits(moved(self._taken.values.view(self.jobs[0].W.dtype), by))
 
     def opened(self) -> Open:
         """What is open of what was applied, and of its residual."""
@@ -281,7 +281,7 @@ class Group:
         dtypes = self._dtypes()
         with self._on():
             kernels.settle[(-(-len(words) // _SETTLED),)](
-                self._table, self._reals, words.job, words.at, words.left, given, *found, len(words),
+                self._table, self._reals, words.job, words.at, given, *found, len(words),
                 **dtypes | ({"OUT": dtypes["IN"]} if back else {}), SINGLE=edit.single, RANK=edit.rank, BACK=back,
                 RESIDUAL=residual, PANEL=undo.COLUMNS, BLOCK=_SETTLED, num_warps=4,
             )  # fmt: skip
@@ -320,7 +320,7 @@ class Group:
         index, by = (torch.cat(parts) for parts in zip(*((one.index, one.by) for one in kept), strict=True))
         row, column = index // columns, index % columns
         words = self.words
-        here = (words.left == 2).nonzero()[:, 0]
+        here = (words.by[:, 0] == UNSURE).nonzero()[:, 0]
         key, order = words.key[here].sort()
         wanted = (job << 32) + row * across + column // LANES
         place = torch.searchsorted(key, wanted).clamp(max=max(0, len(key) - 1))

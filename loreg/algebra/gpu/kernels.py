@@ -12,124 +12,28 @@ import triton
 import triton.language as tl
 
 from loreg.algebra.gpu import undo
+from loreg.algebra.gpu.arithmetic import (
+    F32,
+    as_float,
+    decided,
+    distance,
+    in_steps,
+    lift,
+    moved_by,
+    near_midpoint,
+    rounded,
+    screened,
+    stored,
+)
+from loreg.algebra.passes import UNSURE
 
 FIELDS = tl.constexpr(23)
 FORWARD, BACKWARD, KEPT = tl.constexpr(12), tl.constexpr(16), tl.constexpr(20)
 """Where in a row of the table an edit, one that is taken back, and what is kept of that begin."""
 
-BF16 = tl.constexpr(0)
-F16 = tl.constexpr(1)
-F32 = tl.constexpr(2)
-
 _LANES = tl.constexpr(undo.LANES)
 _NIBBLE, _CODED, _ELSEWHERE = tl.constexpr(undo.NIBBLE), tl.constexpr(undo.CODED), tl.constexpr(undo.ELSEWHERE)
-
-
-@triton.jit
-def _number(raw, DTYPE: tl.constexpr):
-    """float32, exactly."""
-    if DTYPE == BF16:
-        x = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == F16:
-        x = raw.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        x = raw.to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
-def _nearest(x, DTYPE: tl.constexpr, CONVERTS: tl.constexpr):
-    """A float32 rounded to nearest, ties to even, as raw bits. ``CONVERTS``: whether there is an instruction of that
-    for bfloat16, which Triton's interpreter rounds otherwise: half of one in place of four."""
-    if DTYPE == BF16 and not CONVERTS:
-        u = x.to(tl.int32, bitcast=True)
-        raw = ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).to(tl.int16)
-    elif DTYPE == BF16:
-        raw = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    elif DTYPE == F16:
-        raw = x.to(tl.float16).to(tl.int16, bitcast=True)
-    else:
-        raw = x.to(tl.int32, bitcast=True)
-    return raw
-
-
-@triton.jit
-def _apart(one, other, DTYPE: tl.constexpr):
-    """By how many bit patterns two storage values are apart, times 2^16 if they have 16 bits. Those of two signs are
-    apart by more than a byte, also modulo 2^16, if they are finite."""
-    if DTYPE == F32:
-        apart = one.to(tl.int64) - other.to(tl.int64)
-    else:
-        apart = (one.to(tl.int32) << 16) - (other.to(tl.int32) << 16)
-    return apart
-
-
-@triton.jit
-def _steps(apart, one, DTYPE: tl.constexpr):
-    """Of values of one sign that are not far apart, by how many they are: algebra/rounding.py, ordered()."""
-    steps = tl.where(one < 0, -apart, apart)
-    return steps.to(tl.int32) if DTYPE == F32 else steps >> 16
-
-
-@triton.jit
-def _near(x, margin):
-    """Words of float32 that are off by ``margin`` and their own rounding at most: whether in one there is any that
-    may lie on the other side of the midpoint of its neighbours in bfloat16, or is beyond the largest, or no number.
-
-    By minima and maxima, since a comparison for each element takes more instructions."""
-    u = x.to(tl.int32, bitcast=True)
-    middle = ((u & -65536) | 0x8000).to(tl.float32, bitcast=True)
-    largest = tl.max(u & 0x7FFFFFFF, 2)
-    error = margin + largest.to(tl.float32, bitcast=True) * 5.960464477539063e-08  # 2^-24
-    return (tl.min(tl.abs(x - middle), 2) <= error) | (largest >= 0x7F7F0000)
-
-
-@triton.jit
-def _screen(x, eta, spread, DTYPE: tl.constexpr):
-    """Of float64 sums: whether rounding them by way of float32 is in doubt, and whether they are where one midpoint
-    decides. algebra/rounding.py, Screen and thresholds()."""
-    size = tl.abs(x)
-    tau = (274877906944.0 if DTYPE == F32 else 536870912.0) * 1.00000095367431640625 * eta * spread  # 2^(reach + 2)
-    if DTYPE == F32:
-        u = x.to(tl.int64, bitcast=True)
-        middle = ((u + (131072 - 268435456)) & 0x1FFFFFFF) <= 262144
-        inside = (size >= tl.maximum(tau, 1.1754943508222875e-38)) & (size < 3.4028234663852886e38)
-    elif DTYPE == BF16:
-        middle = (x.to(tl.float32).to(tl.int32, bitcast=True) & 0xFFFF) == 0x8000
-        inside = (size >= tl.maximum(tau, 1.1754943508222875e-38)) & (size < 3.3895313892515355e38)
-    else:
-        middle = (x.to(tl.float32).to(tl.int32, bitcast=True) & 0x1FFF) == 0x1000
-        inside = (size >= tl.maximum(tau, 6.103515625e-05)) & (size < 65504.0)
-    return middle | (inside == 0), inside
-
-
-@triton.jit
-def _decided(x, eta, spread, DTYPE: tl.constexpr, CONVERTS: tl.constexpr):
-    """Raw bits of float64 sums correctly rounded, and where that is still open.
-
-    Within its range a doubtful sum is less than half a step from one midpoint and farther from all others than its
-    error, so the side on which it lies decides, if it lies farther from that than its error (2^-23 more pays for the
-    bound's own roundings). The difference is exact.
-    """
-    doubtful, inside = _screen(x, eta, spread, DTYPE)
-    value = _nearest(x.to(tl.float32), DTYPE, CONVERTS)
-    if DTYPE == F32:
-        u = x.to(tl.int64, bitcast=True) & -536870912
-        lower = u.to(tl.float64, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
-        middle = (u | 0x10000000).to(tl.float64, bitcast=True)
-    elif DTYPE == BF16:
-        u = x.to(tl.float32).to(tl.int32, bitcast=True)
-        lower = (u >> 16).to(tl.int16)
-        middle = ((u & -65536) | 0x8000).to(tl.float32, bitcast=True).to(tl.float64)
-    else:
-        u = x.to(tl.float32).to(tl.int32, bitcast=True)
-        cut = (u & -8192).to(tl.float32, bitcast=True)
-        lower = cut.to(tl.float16).to(tl.int16, bitcast=True)
-        middle = ((u & -8192) | 0x1000).to(tl.float32, bitcast=True).to(tl.float64)
-    by = x - middle
-    known = inside & (tl.abs(by) > eta * (tl.abs(x) + 2 * spread) * 1.0000001192092896)
-    above = lower + ((by > 0) == (x > 0)).to(lower.dtype)
-    return tl.where(doubtful & known, above, value), doubtful & (known == 0)
+_UNSURE = tl.constexpr(UNSURE)
 
 
 @triton.jit
@@ -150,44 +54,48 @@ def _deltas(left, right, never, RANK: tl.constexpr, PANEL: tl.constexpr, like):
 
 @triton.jit
 def _summed(
-    raw, left, right, never, margin, bound,
+    base, edit, rows, panel, within, never, bound, high,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
     PANEL: tl.constexpr,
 ):  # fmt: skip
-    """The delta, W' as raw bits, and which words have an element in doubt."""
-    W = _number(raw, IN)
+    """The delta, W' lifted, which words have an element in doubt, and the margins of the rows."""
+    left = tl.load(edit).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)) + rows.to(tl.int64) * RANK
+    right = tl.multiple_of(tl.load(edit + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
+    right += panel * (RANK * PANEL) + within
+    margin = tl.load(tl.load(edit + 3).to(tl.pointer_type(tl.float32)) + rows)[:, None] if SINGLE else 0.0
+    W = as_float(base, IN)
     if SINGLE:
         delta = _deltas(left, right, never, RANK, PANEL, W)
         total = W + delta
-        value = _nearest(total, OUT, CONVERTS)
-        doubt = _near(total, margin)
+        value = rounded(total, OUT, CONVERTS)
+        doubt = near_midpoint(total, margin, high)
     else:
         delta = _deltas(left, right, never, RANK, PANEL, W.to(tl.float64))
         total = W.to(tl.float64) + delta
-        value = _nearest(total.to(tl.float32), OUT, CONVERTS)
-        some, _ = _screen(total, tl.load(bound), tl.load(bound + 1), OUT)
+        value = rounded(total.to(tl.float32), OUT, CONVERTS)
+        some, _ = screened(total, tl.load(bound), tl.load(bound + 1), OUT)
         doubt = tl.max(some.to(tl.int32), 2) != 0
-    return delta, value, doubt
+    return delta, value, doubt, margin
 
 
 @triton.jit
 def _undoing(
-    raw, value, delta, margin, bound,
+    base, value, delta, margin, bound, high,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """The residual; which words have one that is not zero, in which one is beyond a nibble, and in which one is in
     doubt or beyond a byte."""
-    back = _number(value, OUT).to(delta.dtype) - delta
-    predicted = _nearest(back.to(tl.float32), IN, CONVERTS)
+    back = as_float(value, OUT).to(delta.dtype) - delta
+    predicted = rounded(back.to(tl.float32), IN, CONVERTS)
     if SINGLE:
-        doubt = _near(back, margin)
+        doubt = near_midpoint(back, margin, high)
     else:
-        some, _ = _screen(back, tl.load(bound + 2), tl.load(bound + 3), IN)
+        some, _ = screened(back, tl.load(bound + 2), tl.load(bound + 3), IN)
         doubt = tl.max(some.to(tl.int32), 2) != 0
-    apart = _apart(raw, predicted, IN)
+    apart = distance(base, predicted, IN)
     size = tl.maximum(tl.max(apart, 2), -tl.min(apart, 2))
     one: tl.constexpr = 1 if IN == F32 else 65536
-    return _steps(apart, raw, IN), size != 0, size > _NIBBLE * one, doubt | (size > 127 * one)
+    return in_steps(apart, base, IN), size != 0, size > _NIBBLE * one, doubt | (size > 127 * one)
 
 
 @triton.jit
@@ -213,10 +121,19 @@ def _misses(at, place, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _moved(raw, by, DTYPE: tl.constexpr):
-    """The storage value that is ``by`` values away, and of the same sign."""
-    sign = raw.to(tl.int32) >> 31
-    return (raw.to(tl.int32) + (by ^ sign) - sign).to(raw.dtype)
+def _keep(entries, slot, offset, by, undone, far, doubt):
+    """The integers of a tile, the first of which is to be at ``entries``."""
+    lane = tl.arange(0, _LANES)[None, None]
+    entry = tl.sum((by & 15) << (4 * lane), 2)
+    tl.store(entries + slot, tl.where(doubt, _ELSEWHERE, tl.where(far, _ELSEWHERE + offset, entry)), mask=undone)
+    bytes_ = entries.to(tl.pointer_type(tl.int8)) + 4 * offset[:, :, None] + lane
+    tl.store(bytes_, by.to(tl.int8), mask=far[:, :, None])
+
+
+@triton.jit
+def _list(to, slot, values, here):
+    """Words into a list that begins at ``to``."""
+    tl.store(to + slot[:, :, None] * _LANES + tl.arange(0, _LANES)[None, None], values, mask=here[:, :, None])
 
 
 @triton.jit
@@ -226,31 +143,51 @@ def _words(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _edit(at, rows, panel, within, SINGLE: tl.constexpr, RANK: tl.constexpr, PANEL: tl.constexpr):
-    """Pointers to some rows of an edit's left and to a panel of its right, and the margins of those rows."""
-    left = tl.load(at).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))
-    right = tl.multiple_of(tl.load(at + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
-    margin = tl.load(tl.load(at + 3).to(tl.pointer_type(tl.float32)) + rows)[:, None] if SINGLE else 0.0
-    return left + rows.to(tl.int64) * RANK, right + panel * (RANK * PANEL) + within, margin
+def _changed(
+    at, was, i, panel, place, within, whole, never, bound,
+    IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, BACK: tl.constexpr,
+    FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile what it is to be, lifted, and which words are in doubt; what taking it back misses, and which words
+    have that elsewhere; the residual, which words have one, and which one beyond a nibble."""
+    high, none = tl.where(never, 0, -65536), whole & False
+    base, value, missed, by, doubt, elsewhere, undone, far = was, was, was, was, none, none, none, none
+    if BACK:
+        _, predicted, open_, _ = _summed(
+            was, at + BACKWARD, i, panel, within, never, bound + 4, high, IN, IN, SINGLE, CONVERTS, BACK, COLUMNS
+        )
+        missed, elsewhere = _misses(at, place, ROWS, COLUMNS // _LANES)
+        base = moved_by(predicted, missed, high, IN)
+        value, doubt = base, (open_ | elsewhere) & whole
+    if FORTH:
+        delta, value, open_, margin = _summed(
+            base, at + FORWARD, i, panel, within, never, bound, high, IN, OUT, SINGLE, CONVERTS, FORTH, COLUMNS
+        )
+        doubt |= open_ & whole
+        if RESIDUAL:
+            by, undone, far, open_ = _undoing(base, value, delta, margin, bound, high, IN, OUT, SINGLE, CONVERTS)
+            doubt |= open_ & whole
+            undone = (undone & whole) | doubt
+            far &= undone & (doubt == 0)
+    return value, doubt, missed, elsewhere, by, undone, far
 
 
 @triton.jit
 def change(
     table, reals, jobs, todo, counters, starts, marks, entries,
-    doubt_at, doubt_was, doubt_base, doubt_by, doubt_left, doubt_entry,
+    doubt_at, doubt_was, doubt_by, doubt_entry,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, CONVERTS: tl.constexpr,
     BACK: tl.constexpr, FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile: what was edited of rank BACK taken back, if that is not 0, and of what is then there the edit of rank
-    FORTH stored, if that is not 0. Words with an element in doubt are listed, those that could not be taken back
-    being left as they are; of the others the residual is kept where it is not zero. All of that, or, where a list has
-    no room for it, nothing but the count of what it needs."""
+    FORTH stored, if that is not 0. Words with an element in doubt are listed with what W was, and left as they are if
+    something is to be taken back; of the others the residual is kept where it is not zero. All of that, or, where a
+    list has no room for it, nothing but the count of what it needs."""
     tile = tl.program_id(0)
     if tl.load(todo + tile) != 0:
         WORDS: tl.constexpr = COLUMNS // _LANES
         job = tl.load(jobs + tile)
         at = table + job.to(tl.int64) * FIELDS
-        # As whole words, since what is done with storage values is done to their bits.
         source = tl.load(at).to(tl.pointer_type(tl.int32 if IN == F32 else tl.int16))
         to = tl.load(at + 1).to(tl.pointer_type(tl.int32 if OUT == F32 else tl.int16))
         rows, columns = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
@@ -260,8 +197,7 @@ def change(
             columns = tl.multiple_of(columns, 8)
             step, to_step = tl.multiple_of(step, 8), tl.multiple_of(to_step, 8)
 
-        across = tl.cdiv(columns, COLUMNS)
-        place = tile - tl.load(at + 6).to(tl.int32)
+        place, across = tile - tl.load(at + 6).to(tl.int32), tl.cdiv(columns, COLUMNS)
         i, panel = place // across * ROWS + tl.arange(0, ROWS), place % across
         word = panel * WORDS + tl.arange(0, WORDS)
         within = (tl.arange(0, WORDS) * _LANES)[:, None] + tl.arange(0, _LANES)[None]
@@ -269,33 +205,14 @@ def change(
         inside = (i < rows)[:, None, None] & (j < columns)[None]
         # A word that reaches beyond the last column is in doubt by what is there, as that has no sum.
         whole = (i < rows)[:, None] & (word * _LANES < columns)[None]
-        was = tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0)
-        bound = reals + 8 * job
-        base, doubt, left = was, whole & False, whole & False
+        was = lift(tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0), IN)
+        value, doubt, missed, elsewhere, by, undone, far = _changed(
+            at, was, i, panel, place, within, whole, rows < 0, reals + 8 * job,
+            IN, OUT, SINGLE, CONVERTS, BACK, FORTH, RESIDUAL, ROWS, COLUMNS,
+        )  # fmt: skip
+        value = stored(value, OUT)
         if BACK:
-            L, R, margin = _edit(at + BACKWARD, i, panel, within, SINGLE, BACK, COLUMNS)
-            _, predicted, left = _summed(
-                was, L, R, rows < 0, margin, bound + 4, IN, IN, SINGLE, CONVERTS, BACK, COLUMNS
-            )
-            missed, elsewhere = _misses(at, place, ROWS, WORDS)
-            base = _moved(predicted, missed, IN)
-            left = (left | elsewhere) & whole
-            doubt = left
-            value = base
-        far, undone = whole & False, whole & False
-        if FORTH:
-            L, R, margin = _edit(at + FORWARD, i, panel, within, SINGLE, FORTH, COLUMNS)
-            delta, value, open_ = _summed(
-                base, L, R, rows < 0, margin, bound, IN, OUT, SINGLE, CONVERTS, FORTH, COLUMNS
-            )
-            doubt |= open_ & whole
-            if RESIDUAL:
-                by, undone, far, open_ = _undoing(base, value, delta, margin, bound, IN, OUT, SINGLE, CONVERTS)
-                doubt |= open_ & whole
-                undone = (undone & whole) | doubt
-                far &= undone & (doubt == 0)
-        if BACK:
-            value = tl.where(left[:, :, None], was, value)
+            value = tl.where(doubt[:, :, None], stored(was, IN), value)
 
         # All counts in one number, so that one scan and one atomic make room in both lists: a tile has few words.
         both = (doubt.to(tl.int32) << 20) + (far.to(tl.int32) << 10) + undone.to(tl.int32)
@@ -304,33 +221,26 @@ def change(
         fits = count >= 0
         if count > 0:
             doubts, used = count >> 20, count & 1023
-            entries_ = used + 2 * ((count >> 10) & 1023)
-            taken = tl.atomic_add(counters + job, (doubts.to(tl.int64) << 32) + entries_, sem="relaxed")
+            all_used = used + 2 * ((count >> 10) & 1023)
+            taken = tl.atomic_add(counters + job, (doubts.to(tl.int64) << 32) + all_used, sem="relaxed")
             first_doubt, first = taken >> 32, taken & 0xFFFFFFFF
             room = tl.load(at + 8)
-            fits = (first_doubt + doubts <= room) & (first + entries_ <= tl.load(at + 10))
+            fits = (first_doubt + doubts <= room) & (first + all_used <= tl.load(at + 10))
             before = tl.cumsum(both, 1) - both + (tl.cumsum(by_row, 0) - by_row)[:, None]
-            lane = tl.arange(0, _LANES)[None, None]
             slot = before >> 20
             listed = doubt & (slot < room - first_doubt)
             first_doubt += tl.load(at + 7)
             # A slot that a tile takes and cannot use holds nothing.
             number = tl.where(fits, i[:, None] * tl.cdiv(columns, _LANES) + word[None], -1)
             tl.store(doubt_at + first_doubt + slot, number, mask=listed)
-            lanes, all_ = slot[:, :, None] * _LANES + lane, listed[:, :, None]
-            tl.store(doubt_was + first_doubt * _LANES + lanes, was, mask=all_)
+            _list(doubt_was + first_doubt * _LANES, slot, stored(was, IN), listed)
             if BACK:
-                tl.store(doubt_base + first_doubt * _LANES + lanes, base, mask=all_)
-                tl.store(doubt_by + first_doubt * _LANES + lanes, missed.to(tl.int8), mask=all_)
-                tl.store(doubt_left + first_doubt + slot, left.to(tl.int8) + elsewhere.to(tl.int8), mask=listed)
+                misses = tl.where(elsewhere[:, :, None], _UNSURE, missed).to(tl.int8)
+                _list(doubt_by + first_doubt * _LANES, slot, misses, listed)
             if RESIDUAL:
                 kept, offset = before & 1023, used + 2 * ((before >> 10) & 1023)
-                entry = tl.sum((by & 15) << (4 * lane), 2)
-                entry = tl.where(far, _ELSEWHERE + offset, tl.where(doubt, _ELSEWHERE, entry))
-                here = entries + tl.load(at + 9) + first
-                tl.store(here + kept, entry, mask=undone & fits)
-                bytes_ = here.to(tl.pointer_type(tl.int8)) + 4 * offset[:, :, None] + lane
-                tl.store(bytes_, by.to(tl.int8), mask=(far & fits)[:, :, None])
+                undone &= fits
+                _keep(entries + tl.load(at + 9) + first, kept, offset, by, undone, far & fits, doubt)
                 first = (first + tl.load(at + 11)).to(tl.int32)
                 tl.store(doubt_entry + first_doubt + slot, first + kept, mask=listed)
                 tl.store(starts + tile, first, mask=fits)
@@ -356,41 +266,39 @@ def _listed(table, jobs, numbers, place, known, DTYPE: tl.constexpr, WHERE: tl.c
 
 @triton.jit
 def settle(
-    table, reals, jobs, numbers, left, given, values, sums, late, state, count,
+    table, reals, jobs, numbers, given, values, sums, late, state, count,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
     BACK: tl.constexpr, RESIDUAL: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Listed words in float64: of what is ``given`` there the ``values`` after one edit and their ``sums``, and in
     ``late`` the residual. ``state``: 1 where a value is open, and 2 more where the residual is, or beyond a byte.
-    ``BACK``: those that are ``left``, by the edit that is taken back."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ``BACK``: by the edit that is taken back."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     known = place < count
-    if BACK:
-        known &= tl.load(left + place, mask=known, other=0) != 0
     job, at, i, j, _, here = _listed(table, jobs, numbers, place, known, OUT, 1)
     edit, bound = at + (BACKWARD if BACK else FORWARD), reals + (8 * job + (4 if BACK else 0))[:, None]
     L = tl.load(edit + 1).to(tl.pointer_type(tl.float64))[:, None] + i * RANK
     R = tl.load(edit + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64))[:, None]
     R += j // PANEL * (RANK * PANEL) + j % PANEL
     slot = place[:, None] * _LANES + tl.arange(0, _LANES)[None]
-    raw = tl.load(given + slot, mask=here, other=0)
+    base = lift(tl.load(given + slot, mask=here, other=0), IN)
     delta = tl.zeros([BLOCK, _LANES], tl.float64)
     for k in range(RANK):
         delta += tl.load(L + k, mask=here, other=0) * tl.load(R + k * PANEL, mask=here, other=0).to(tl.float64)
-    total = _number(raw, IN).to(tl.float64) + delta
-    value, found = _decided(total, tl.load(bound), tl.load(bound + 1), OUT, CONVERTS)
+    total = as_float(base, IN).to(tl.float64) + delta
+    value, found = decided(total, tl.load(bound), tl.load(bound + 1), OUT, CONVERTS)
     found &= here
     open_ = found.to(tl.int8)
     if RESIDUAL:
-        back = _number(value, OUT).to(tl.float64) - delta
-        predicted, unsure = _decided(back, tl.load(bound + 2), tl.load(bound + 3), IN, CONVERTS)
-        apart = _apart(raw, predicted, IN)
+        back = as_float(value, OUT).to(tl.float64) - delta
+        predicted, unsure = decided(back, tl.load(bound + 2), tl.load(bound + 3), IN, CONVERTS)
+        apart = distance(base, predicted, IN)
         limit = 127 if IN == F32 else 127 << 16
         unsure = (unsure | found | (apart > limit) | (apart < -limit)) & here
-        by = tl.where(here & (unsure == 0), _steps(apart, raw, IN), 0)
+        by = tl.where(here & (unsure == 0), in_steps(apart, base, IN), 0)
         tl.store(late + slot, by.to(tl.int8), mask=known[:, None])
         open_ += unsure.to(tl.int8) * 2
-    tl.store(values + slot, value, mask=here)
+    tl.store(values + slot, stored(value, OUT), mask=here)
     tl.store(sums + slot, total, mask=here)
     tl.store(state + slot, open_, mask=(place < count)[:, None])
 
@@ -398,7 +306,7 @@ def settle(
 @triton.jit
 def put(table, jobs, numbers, values, count, OUT: tl.constexpr, BLOCK: tl.constexpr):
     """Listed words where they belong."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, _, _, _, to, here = _listed(table, jobs, numbers, place, place < count, OUT, 1)
     tl.store(to, tl.load(values + place[:, None] * _LANES + tl.arange(0, _LANES)[None], mask=here), mask=here)
 

@@ -65,18 +65,15 @@ class Open(NamedTuple):
 class Words:
     """Words in doubt, job after job, on the device: (n), and of their elements (n, LANES).
 
-    ``at``: which of the job's, counted row by row; ``entry``: where what undoes it is to be; ``was``: what W was.
-    ``left``: 0 where that was taken back to ``base``, and if it was not, 1 where ``by`` is what has to be added then,
-    and 2 where what that is is not known here.
+    ``at``: which of the job's, counted row by row; ``was``: what W was. ``by``: what taking that back misses,
+    UNSURE if that is not known here. ``entry``: where what undoes it is to be.
     """
 
     job: Tensor
     at: Tensor
-    entry: Tensor
     was: Tensor
-    base: Tensor
     by: Tensor
-    left: Tensor
+    entry: Tensor
 
     def __len__(self) -> int:
         return len(self.at)
@@ -86,7 +83,7 @@ class Words:
 
     @property
     def _all(self) -> tuple[Tensor, ...]:
-        return self.job, self.at, self.entry, self.was, self.base, self.by, self.left
+        return self.job, self.at, self.was, self.by, self.entry
 
     @classmethod
     def joined(cls, runs: Sequence[Words]) -> Words:
@@ -114,15 +111,13 @@ class Lists:
         self.rooms = list(doubts), list(entries)
         self.bases = tuple([0, *accumulate(rooms)] for rooms in self.rooms)
         doubt, entry = (bases[-1] for bases in self.bases)
-        taken = doubt if back else 0
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.counters = torch.zeros(len(self.rooms[0]), dtype=torch.int64, device=device)
         self.at, self.was = empty(torch.int32, doubt), empty(word, doubt, LANES)
-        self.base, self.by = empty(word, taken, LANES), empty(torch.int8, taken, LANES)
-        self.left = empty(torch.int8, taken)
+        self.by = empty(torch.int8, doubt if back else 0, LANES)
         self.entry = empty(torch.int32, doubt if entry else 0)
         self.entries = empty(torch.int32, entry)
         self.launched = False
@@ -153,10 +148,8 @@ class Lists:
         gaps = [base - before for base, before in zip(self.bases[0], accumulate([0, *sizes]), strict=False)]
         slot = torch.arange(len(job), device=device) + numbers(gaps, device)[job]
         slot, job = (x[self.at[slot] >= 0] for x in (slot, job))  # else of a tile that had no room
-        at, was, entry, base, by, left = (
-            x[slot] if len(x) else x for x in (self.at, self.was, self.entry, self.base, self.by, self.left)
-        )
-        return Words(job.int(), at, entry, was, base if len(self.base) else was, by, left)
+        lists = self.at, self.was, self.by, self.entry
+        return Words(job.int(), *(x[slot] if len(x) else x for x in lists))
 
 
 def owners(sizes: Sequence[int], device: torch.device) -> Tensor:
