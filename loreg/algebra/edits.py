@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -217,15 +216,6 @@ class Prepared:
             return None
         return native.End(self._pass, first, self._shape[0] - first)
 
-    def __neg__(self) -> Prepared:
-        """What takes the edit back, of one ``on_gpu``, and for the rest in the same memory."""
-        assert isinstance(self._pass, gpu.Fused)
-        other = copy(self)
-        other._edit, other._pass = -self._edit, -self._pass
-        for cached in ("_forth", "_back"):
-            other.__dict__.pop(cached, None)
-        return other
-
     def know(self, spread: float) -> None:
         """S of the pass ``on_gpu``, which is then not asked for it."""
         assert isinstance(self._pass, gpu.Fused)
@@ -330,10 +320,14 @@ class Prepared:
         """The elements of W' that they are, on their device. Raises what ``tile`` does."""
         return self._forth.values(found)
 
+    def taken_back(self, found: Candidates) -> Tensor:
+        """The elements of W' less the delta that they are; ``found`` has W', and sums as ``forth``'s."""
+        return self._back.values(found)
+
     def back(self, unsure: Candidates, after: Tensor) -> Tensor:
         """The corrections (int64) of ``unsure``, where W' is ``after``."""
         rows, columns, delta, W = unsure
-        predicted = self._back.values(Candidates(rows, columns, after.double() - delta, after))
+        predicted = self.taken_back(Candidates(rows, columns, after.double() - delta, after))
         return ordered(W.to(self._dtypes[0])) - ordered(predicted)
 
 
@@ -380,12 +374,6 @@ class Stacked:
     def matrices(self) -> list[Prepared]:
         """All of them, prepared and kept."""
         return [self._prepared(index) for index in range(self._shape[0])]
-
-    def __neg__(self) -> Stacked:
-        """What takes the edit back, of one ``on_gpu``."""
-        other = Stacked(-self._edit, self._shape, self._given)
-        other.matrices = [-prepared for prepared in self.matrices]
-        return other
 
     def _matrix(self, index: int) -> Prepared:
         if self._current is None or self._current[0] != index:

@@ -7,7 +7,7 @@ decided here, so that every element is what the definition has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from loreg.algebra.edits import Prepared, Stacked
 from loreg.algebra.gpu.groups import Group, Job, grouped
 from loreg.algebra.gpu.lists import HOST, Open
 from loreg.algebra.gpu.undo import Undo
-from loreg.algebra.passes import UNSURE, as_rows
+from loreg.algebra.passes import UNSURE, Candidates, as_rows
 from loreg.errors import BadInput
 
 
@@ -52,9 +52,9 @@ class Undone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """``W`` into ``out``, which may be ``W`` itself: ``back`` applied, the negation of what was applied before and
-    left ``kept``, and then ``forth``; one of them may be None. Each is prepared for W's shape, dtype and device.
-    ``name``: for messages."""
+    """``W`` into ``out``, which may be ``W`` itself: ``back``, which was applied before and left ``kept``, is taken back,
+    and then ``forth`` applied; one of them may be None. Each is prepared for W's shape, dtype and device. ``name``: for
+    messages."""
 
     forth: Prepared | Stacked | None
     W: Tensor
@@ -80,8 +80,7 @@ class _Piece:
         return Job(self.W, self.out, forth, back, self.kept, residual=residual and forth is not None)
 
     def reversed(self) -> _Piece:
-        forth, back = (None if x is None else -x for x in (self.back, self.forth))
-        return _Piece(forth, back, None, self.out, self.out, self.name)
+        return _Piece(self.back, self.forth, None, self.out, self.out, self.name)
 
 
 class Launched:
@@ -148,12 +147,13 @@ class _Part:
         group.begin()
         if group.back:
             open_ = group.taken().to(HOST)
-            group.take(open_, self._decided([piece.back for piece in self._pieces if piece.back], open_))
+            edits = [piece.back for piece in self._pieces if piece.back]
+            group.take(open_, self._decided(edits, open_, Prepared.taken_back))
         if group.forth:
             edits = [piece.forth for piece in self._pieces if piece.forth]
             open_ = group.opened().to(HOST)
             found, unsure = open_.found, open_.unsure
-            group.decide(found, self._decided(edits, found))
+            group.decide(found, self._decided(edits, found, Prepared.forth))
             if group.residual:
                 kept = group.undo(unsure, self._missed(edits, unsure))
         group.put()
@@ -162,12 +162,14 @@ class _Part:
     def reversed(self) -> _Part:
         return _Part(self.group.reversed(), [piece.reversed() for piece in self._pieces], self._members)
 
-    def _decided(self, edits: Sequence[Prepared], open_: Open) -> Tensor:
+    def _decided(
+        self, edits: Sequence[Prepared], open_: Open, by: Callable[[Prepared, Candidates], Tensor]
+    ) -> Tensor:
         """The values that those elements are, in float32."""
         found = [torch.empty(0)]
         for piece, edit, one in self._each(edits, open_):
             with _named(piece.name):
-                found.append(edit.forth(one.candidates).float())
+                found.append(by(edit, one.candidates).float())
         return torch.cat(found)
 
     def _missed(self, edits: Sequence[Prepared], open_: Open) -> Tensor:

@@ -138,7 +138,7 @@ class Together:
         edit, back = _edit(old, new), None
         if old is not None:
             ahead = old.ahead() if old.ahead is not None else None
-            back = -(ahead or self._ahead).of(old.edit)
+            back = (ahead or self._ahead).of(old.edit)
         forth = None if new is None else self._ahead.of(new.edit)
         weight = edit.target.place.weight.view(edit.view)
         return Work(forth, weight, weight, edit.target.place.name, back, old.whole if old is not None else None)

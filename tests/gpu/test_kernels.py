@@ -91,7 +91,7 @@ def test_a_model_is_merged_in_place_swapped_and_taken_back(dtype: torch.dtype, s
         assert torch.equal(bits(weight.cpu()), bits(edit.apply(W)))
     others = [_case(*W.shape, 16, dtype, size=size, seed=9)[1] for W, _ in cases]
     works = [
-        replace(work, back=(-edit).prepare(W.shape, dtype, dtype, CUDA), kept=one)
+        replace(work, back=edit.prepare(W.shape, dtype, dtype, CUDA), kept=one)
         for work, (W, edit), one in zip(
             _works([(W, other) for (W, _), other in zip(cases, others, strict=True)], live), cases, kept, strict=True
         )
@@ -106,7 +106,7 @@ def test_a_model_is_merged_in_place_swapped_and_taken_back(dtype: torch.dtype, s
         assert torch.equal(bits(weight.cpu()), bits(edit.apply(W)))
     launch(works, residual=True).done()
     backs = [
-        Work(None, weight, weight, back=(-other).prepare(weight.shape, dtype, dtype, CUDA), kept=one)
+        Work(None, weight, weight, back=other.prepare(weight.shape, dtype, dtype, CUDA), kept=one)
         for weight, other, one in zip(live, others, kept, strict=True)
     ]
     with _without_waiting():
@@ -191,18 +191,14 @@ def test_speed_of_layers_of_seven_billion() -> None:
     ]
     copies = [torch.empty_like(weight) for weight in live]
     copying = _milliseconds(lambda: [copy.copy_(weight) for copy, weight in zip(copies, live, strict=True)])
-    forth, back = (
-        [edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=True) for edit, W in zip(found, live, strict=True)]
-        for found in (edits, [-edit for edit in edits])
-    )
-    plain = [Work(*each) for each in zip(forth, live, copies, strict=True)]
-    kept = launch(plain, residual=True).done()
-    ends = list(zip(forth, back, kept, live, copies, strict=True))
+    made = [edit.prepare(W.shape, W.dtype, W.dtype, CUDA, residual=True) for edit, W in zip(edits, live, strict=True)]
+    plain = [Work(*each) for each in zip(made, live, copies, strict=True)]
+    ends = list(zip(made, launch(plain, residual=True).done(), live, copies, strict=True))
     ways = {
         "merged": (plain, False),
         "merged, and what undoes it kept": (plain, True),
-        "taken back": ([Work(None, out, W, back=one, kept=undo) for _, one, undo, W, out in ends], False),
-        "swapped": ([Work(to, out, W, back=one, kept=undo) for to, one, undo, W, out in ends], True),
+        "taken back": ([Work(None, out, W, back=one, kept=undo) for one, undo, W, out in ends], False),
+        "swapped": ([Work(one, out, W, back=one, kept=undo) for one, undo, W, out in ends], True),
     }
     for name, (works, residual) in ways.items():
         computing = _milliseconds(lambda works=works, residual=residual: launch(works, residual=residual))

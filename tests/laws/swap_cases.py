@@ -41,7 +41,7 @@ def merge(W: torch.Tensor, edit: WeightedSum, name: str = "") -> tuple[Launched,
 def swap(
     W: torch.Tensor, old: WeightedSum, kept: Undone, new: WeightedSum | None, name: str = ""
 ) -> tuple[Launched, Undone | None]:
-    back, forth = prepared(-old, W, W.dtype, False), None if new is None else prepared(new, W, W.dtype, True)
+    back, forth = prepared(old, W, W.dtype, False), None if new is None else prepared(new, W, W.dtype, True)
     launched = launch([Work(forth, W, W, name, back, kept)], residual=True)
     (kept_,) = launched.done()
     return launched, kept_
@@ -184,7 +184,7 @@ def test_a_swap_to_what_has_no_number_is_refused_and_goes_back(dtype: torch.dtyp
         with little_room(*room):
             _, kept = merge(W, one)
             before = W.clone()
-            back, forth = prepared(-one, W, dtype, False), prepared(large, W, dtype, True)
+            back, forth = prepared(one, W, dtype, False), prepared(large, W, dtype, True)
             launched = launch([Work(forth, W, W, "proj", back, kept)], residual=True)
             with pytest.raises(BadInput, match=r"'proj': element \[2, 5\] exceeds"):
                 launched.done()
@@ -216,7 +216,7 @@ def test_a_stack_and_several_weights_at_once() -> None:
     works = [
         Work(
             None if i == 1 else prepared(new[i], W, W.dtype, True), W, W, str(i),
-            None if i == 3 else prepared(-old[i], W, W.dtype, False), None if i == 3 else kept[i],
+            None if i == 3 else prepared(old[i], W, W.dtype, False), None if i == 3 else kept[i],
         )
         for i, W in enumerate(live)
     ]  # fmt: skip

@@ -109,7 +109,7 @@ def _with(small: torch.Tensor, wide: Outcome) -> torch.Tensor:
 
 
 def _restored(edit: WeightedSum, W: torch.Tensor, merged: torch.Tensor, kept: Undone) -> None:
-    back = prepared(-edit, merged, W.dtype, False)
+    back = prepared(edit, merged, W.dtype, False)
     launch([Work(None, merged, merged, back=back, kept=kept)]).done()
     assert torch.equal(bits(merged), bits(W))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -68,12 +67,12 @@ class Fused:
         if self.single:
             self.left_single, self.margin = self.left.float(), _margin(norms, _largest(largest), self.spread, rank)
 
-    def __neg__(self) -> Fused:
-        """W - Σ c·B·A: the same bounds, and for the rest the same memory."""
-        other = copy(self)
-        other.left = -self.left
-        other.left_single = -self.left_single if self.single else other.left
-        return other
+    def pointers(self, first: int) -> list[int]:
+        """Of the kernels' table: of rows from the ``first`` on."""
+        return [
+            *(x.data_ptr() + first * self.rank * x.itemsize for x in (self.left_single, self.left)),
+            self.right.data_ptr(), self.margin.data_ptr() + first * self.margin.itemsize,
+        ]  # fmt: skip
 
     def rows(self, W: Tensor, first: int, out: Tensor, residual: Tensor | None = None) -> Done:
         """As ``Blocks.rows``, with all rows done."""

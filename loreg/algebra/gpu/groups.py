@@ -95,22 +95,16 @@ class Job:
 
     def row(self, tile: int, rooms: Sequence[int]) -> list[int]:
         """Of the kernels' table."""
-        edits = [
-            (x.left_single[self.first :], x.left[self.first :], x.right, x.margin[self.first :])
-            if x is not None else ()
-            for x in (self.forth, self.back)
-        ]  # fmt: skip
+        forth, back = ([0] * 4 if x is None else x.pointers(self.first) for x in (self.forth, self.back))
         kept = () if self.kept is None else (self.kept.entries, self.kept.starts, self.kept.marks)
-        pointers = [[x.data_ptr() for x in part] or [0] * 4 for part in (*edits, kept)]
         return [
             self.W.data_ptr(), self.out.data_ptr(), *self.W.shape, self.W.stride(0), self.out.stride(0), tile, *rooms,
-            *pointers[0], *pointers[1], *pointers[2][:3],
+            *forth, *back, *([x.data_ptr() for x in kept] or [0] * 3),
         ]  # fmt: skip
 
     def reversed(self, kept: Undo | None) -> Job:
         """What makes of ``out`` again what W was, if it is W."""
-        forth, back = (None if x is None else -x for x in (self.back, self.forth))
-        return replace(self, W=self.out, forth=forth, back=back, kept=kept, residual=False)
+        return replace(self, W=self.out, forth=self.back, back=self.forth, kept=kept, residual=False)
 
 
 class _Settled(NamedTuple):

@@ -56,9 +56,10 @@ def _deltas(left, right, never, RANK: tl.constexpr, PANEL: tl.constexpr, like):
 def _summed(
     base, edit, rows, panel, within, never, bound, high,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
-    PANEL: tl.constexpr,
+    PANEL: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The delta, W' lifted, which words have an element in doubt, and the margins of the rows."""
+    """The delta; what it is added to, or ``BACK`` taken from, lifted, and which words of that have an element in
+    doubt; and the margins of the rows."""
     left = tl.load(edit).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)) + rows.to(tl.int64) * RANK
     right = tl.multiple_of(tl.load(edit + 2).to(tl.pointer_type(tl.float32 if SINGLE else tl.float64)), 16)
     right += panel * (RANK * PANEL) + within
@@ -66,12 +67,12 @@ def _summed(
     W = as_float(base, IN)
     if SINGLE:
         delta = _deltas(left, right, never, RANK, PANEL, W)
-        total = W + delta
+        total = W - delta if BACK else W + delta
         value = rounded(total, OUT, CONVERTS)
         doubt = near_midpoint(total, margin, high)
     else:
         delta = _deltas(left, right, never, RANK, PANEL, W.to(tl.float64))
-        total = W.to(tl.float64) + delta
+        total = W.to(tl.float64) - delta if BACK else W.to(tl.float64) + delta
         value = rounded(total.to(tl.float32), OUT, CONVERTS)
         some, _ = screened(total, tl.load(bound), tl.load(bound + 1), OUT)
         doubt = tl.max(some.to(tl.int32), 2) != 0
@@ -154,15 +155,30 @@ def _changed(
     base, value, missed, by, doubt, elsewhere, undone, far = was, was, was, was, none, none, none, none
     if BACK:
         _, predicted, open_, _ = _summed(
-            was, at + BACKWARD, i, panel, within, never, bound + 4, high, IN, IN, SINGLE, CONVERTS, BACK, COLUMNS
+            was,
+            at + BACKWARD,
+            i,
+            panel,
+            within,
+            never,
+            bound + 4,
+            high,
+            IN,
+            IN,
+            SINGLE,
+            CONVERTS,
+            BACK,
+            COLUMNS,
+            True,
         )
         missed, elsewhere = _misses(at, place, ROWS, COLUMNS // _LANES)
         base = moved_by(predicted, missed, high, IN)
         value, doubt = base, (open_ | elsewhere) & whole
     if FORTH:
         delta, value, open_, margin = _summed(
-            base, at + FORWARD, i, panel, within, never, bound, high, IN, OUT, SINGLE, CONVERTS, FORTH, COLUMNS
-        )
+            base, at + FORWARD, i, panel, within, never, bound, high,
+            IN, OUT, SINGLE, CONVERTS, FORTH, COLUMNS, False,
+        )  # fmt: skip
         doubt |= open_ & whole
         if RESIDUAL:
             by, undone, far, open_ = _undoing(base, value, delta, margin, bound, high, IN, OUT, SINGLE, CONVERTS)
@@ -285,7 +301,8 @@ def settle(
     delta = tl.zeros([BLOCK, _LANES], tl.float64)
     for k in range(RANK):
         delta += tl.load(L + k, mask=here, other=0) * tl.load(R + k * PANEL, mask=here, other=0).to(tl.float64)
-    total = as_float(base, IN).to(tl.float64) + delta
+    W = as_float(base, IN).to(tl.float64)
+    total = W - delta if BACK else W + delta
     value, found = decided(total, tl.load(bound), tl.load(bound + 1), OUT, CONVERTS)
     found &= here
     open_ = found.to(tl.int8)
