@@ -52,9 +52,9 @@ class Undone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """``W`` into ``out``, which may be ``W`` itself: ``back``, which was applied before and left ``kept``, is taken back,
-    and then ``forth`` applied; one of them may be None. Each is prepared for W's shape, dtype and device. ``name``: for
-    messages."""
+    """``W`` into ``out``, which may be ``W`` itself: ``back``, which was applied before and left ``kept``, is taken
+    back, and then ``forth`` applied; one of them may be None. Each is prepared for W's shape, dtype and device.
+    ``name``: for messages."""
 
     forth: Prepared | Stacked | None
     W: Tensor
