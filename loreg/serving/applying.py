@@ -64,6 +64,10 @@ class Edit:
         """The shape in which the weight is edited."""
         return self.target.edit.view(self.target.place.shape)
 
+    def is_beside(self, other: Edit) -> bool:
+        """Whether both are of one tensor, and edit it in one shape."""
+        return self.target.place.span == other.target.place.span and self.view == other.view
+
     def load(self, before: Callable[[], Tensor]) -> WeightedSum:
         """The edit as a value, on the weight's device or to be brought there. ``before``: brings the weight."""
         if self.plain is not None:

@@ -166,22 +166,17 @@ def _edit(old: Editing | None, new: Editing | None) -> Edit:
 
 
 def go_together(old: Sequence[Editing], new: Sequence[Editing]) -> bool:
-    """Whether edits that share memory are a pair that can be launched."""
+    """Whether edits that share memory, of either side, are a pair that can be launched."""
     if len(old) > 1 or len(new) > 1 or not all(is_launched(each.edit) for each in (*old, *new)):
         return False
-    for one in old:
-        place = one.edit.target.place
-        if one.whole is None or one.whole.device != place.tensor.device:
-            return False
-        for other in new:
-            edits = one.edit, other.edit
-            spans, views = {edit.target.place.span for edit in edits}, {edit.view for edit in edits}
-            if len(spans) > 1 or len(views) > 1 or len({_is_single(edit) for edit in edits}) > 1:
-                return False
-    return True
+    if any(one.whole is None or one.whole.device != one.edit.target.place.tensor.device for one in old):
+        return False
+    return all(
+        one.edit.is_beside(other.edit) and _single(one.edit) == _single(other.edit) for one in old for other in new
+    )
 
 
-def _is_single(edit: Edit) -> bool:
+def _single(edit: Edit) -> bool:
     assert edit.plain is not None
     dtype = edit.target.place.tensor.dtype
     return gpu.single(edit.plain.low_rank, (dtype, dtype))

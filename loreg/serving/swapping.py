@@ -65,8 +65,7 @@ class Change:
         if len(self.old) != 1 or len(self.new) != 1:
             return False
         (old,), (new,) = self.old, self.new
-        places = old.edit.target.place, new.edit.target.place
-        if places[0].span != places[1].span or old.edit.view != new.edit.view:
+        if not old.edit.is_beside(new.edit):
             return False
         return old.tiled and new.tiled and not any(merging.is_launched(each.edit) for each in (old, new))
 

@@ -22,7 +22,7 @@ from loreg.algebra.gpu.groups import Group
 from loreg.algebra.gpu.lists import Lists
 from loreg.algebra.rounding import bits
 from loreg.errors import BadInput, Conflict
-from loreg.serving import applying, merging
+from loreg.serving import applying, merging, swapping
 from loreg.serving.live import prepare
 from tests import launched
 from tests.laws.triton_cases import _nothing_is_zero_by_luck, _on_the_cpu  # noqa: F401
@@ -182,6 +182,40 @@ def test_an_error_at_some_steps_of_a_swap(pushed: loreg.Registry, tmp_path: Path
     live.swap("humor")
     live.restore()
     assert bytes_of(model) == before
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_swap_from_some_tensors_to_others() -> None:
+    """One is only taken out of, two are only merged into, of which one is not launched, and two are swapped; with and
+    without an error at some steps."""
+    cases = model_of("tall", "stack", "full", "half", "bias")
+    base, sizes = copied(cases), {"stack": (2, 5, 8), "full": (8, 16), "half": (7, 9)}
+    others = {name: (cases[name][0], launched.case(*size, seed=9)[1]) for name, size in sizes.items()}
+    others["bias"] = cases["bias"]
+    before, after = launched.edits({name: cases[name] for name in ("tall", "stack", "full")}), launched.edits(others)
+    kept = list[applying.Editing]()
+
+    def swap(old: list[applying.Editing]) -> list[applying.Editing]:
+        return swapping.swap(old, after, 1, merging.Ahead(after), list, kept.extend)
+
+    old = merging.merge(before, 1, merging.Ahead(before), list, lambda: None)
+    with failing(MemoryError, set()) as steps:
+        new = swap(old)
+    assert launched.same(cases["tall"][0], base["tall"]) and not kept
+    for name, (W, edit) in others.items():
+        with by_torch():
+            assert launched.same(W, edit.apply(base[name])), name
+    merging.unmerge(new, 1)
+    assert unchanged(cases, base)
+    old = merging.merge(before, 1, merging.Ahead(before), list, lambda: None)
+    now = copied(cases)
+    for step in range(0, steps[0], EVERY):
+        with failing(MemoryError, {step}), pytest.raises(MemoryError):
+            swap(old)
+        assert unchanged(cases, now), step
+        old, kept = kept, []
+    merging.unmerge(old, 1)
+    assert unchanged(cases, base)
 
 
 # ---- all or nothing ----

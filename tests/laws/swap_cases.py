@@ -133,6 +133,38 @@ def test_any_swaps(
         assert torch.equal(bits(W), bits(merged)) and is_merged(W, base, old, kept)
 
 
+@pytest.mark.parametrize("way", ["merge", "swap", "unmerge"])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_way_back_when_some_tiles_are_done(way: str, runs: int) -> None:
+    """As the lists have no room for the others, and what comes next fails."""
+    base = torch.randn(60, 64, generator=torch.Generator().manual_seed(7)).to(BF16)
+    base[::7, ::9] *= 2.0**-14
+    one, other = edit(base, 1, 3, 0.01), edit(base, 2, 16, 0.01)
+    W, kept = base.clone(), None
+    if way != "merge":
+        _, kept = merge(W, one)
+    before = W.clone()
+    end = prepared(one, W, BF16, True)
+    forth = None if way == "unmerge" else prepared(other, W, BF16, True)
+    launched = Launched([Work(forth, W, W, back=None if kept is None else end, kept=kept)], residual=True)
+    start, count = groups.Group.start, [0]
+
+    def starts(group: groups.Group, doubts: list[int], entries: list[int]) -> None:
+        count[0] += 1
+        if count[0] > runs:
+            raise MemoryError
+        start(group, [9], [50] if group.residual else [0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups.Group, "start", starts)
+        with pytest.raises(MemoryError):
+            launched.done()
+    todo = launched._parts[0].group.todo
+    assert 0 < int(todo.sum()) < len(todo) and not torch.equal(bits(W), bits(before))
+    launched.back()
+    assert torch.equal(bits(W), bits(before))
+
+
 @every_dtype
 def test_what_is_kept_in_each_way(dtype: torch.dtype) -> None:
     """Corrections of a nibble, of a byte, and beyond; one across zero; and a swap finds all of them."""

@@ -49,7 +49,8 @@ class Job:
     """Rows of a weight from ``first`` on, (n, columns), each row without gaps, into ``out``, which may be ``W``.
 
     ``back``: what is taken back, as ``kept`` says, of all rows that there are; ``forth``: what is then applied. One
-    of them, or both of one precision. ``residual``: what undoes that is asked for.
+    of them, or both of one precision. ``residual``: what undoes that is asked for. ``low``: tiles are to be as low as
+    they are for either of these.
     """
 
     W: Tensor
@@ -59,6 +60,7 @@ class Job:
     kept: Undo | None = None
     first: int = 0
     residual: bool = False
+    low: bool = False
 
     @property
     def fused(self) -> Fused:
@@ -70,7 +72,7 @@ class Job:
     @property
     def height(self) -> int:
         """Rows of a tile."""
-        return _ROWS[self.fused.single and self.back is None and not self.residual]
+        return _ROWS[self.fused.single and self.back is None and not self.residual and not self.low]
 
     @property
     def tiles(self) -> int:
@@ -104,7 +106,7 @@ class Job:
 
     def reversed(self, kept: Undo | None) -> Job:
         """What makes of ``out`` again what W was, if it is W."""
-        return replace(self, W=self.out, forth=self.back, back=self.forth, kept=kept, residual=False)
+        return replace(self, W=self.out, forth=self.back, back=self.forth, kept=kept, residual=False, low=True)
 
 
 class _Settled(NamedTuple):
