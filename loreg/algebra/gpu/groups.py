@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROWS = {True: 64, False: 32}
 """Of a tile, where little is kept of each weight, and else: 32 or 16 weights a thread."""
-_WARPS = 8
+_WARPS, _REGISTERS = 8, 128  # two blocks to a multiprocessor of sm_90, with next to no spills in single precision
 _SETTLED = 16  # words of one block that settles them, and of one that puts them where they belong
 _PUT = 64
 _LEAST = 4096  # words for which there is room
@@ -187,7 +187,7 @@ class Group:
                 **self._dtypes(), SINGLE=job.fused.single, ALIGNED=job.kind[-1],
                 BACK=0 if job.back is None else job.back.rank, FORTH=0 if job.forth is None else job.forth.rank,
                 RESIDUAL=self.residual, ROWS=job.height, COLUMNS=undo.COLUMNS, num_warps=_WARPS,
-                maxnreg=_registers(job),
+                maxnreg=_REGISTERS,
             )  # fmt: skip
         lists.launched = True
 
@@ -380,11 +380,6 @@ def grouped(jobs: Sequence[Job]) -> list[tuple[Group, list[int]]]:
         if job.W.numel():
             kinds.setdefault(job.kind, []).append(index)
     return [(Group([jobs[i] for i in members]), members) for members in kinds.values()]
-
-
-def _registers(job: Job) -> int:
-    """So that there are two blocks to a multiprocessor of sm_90, or more, with next to no spills."""
-    return 128 if not job.fused.single or (job.back is not None and job.forth is not None) else 96
 
 
 def _word(x: Tensor) -> torch.dtype:
