@@ -280,7 +280,7 @@ def _listed(table, jobs, numbers, place, known, DTYPE: tl.constexpr, WHERE: tl.c
     return job, at, i, j, to, known[:, None] & (j < columns[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def settle(
     table, reals, jobs, numbers, given, values, sums, late, state, count,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, RANK: tl.constexpr,
@@ -320,7 +320,7 @@ def settle(
     tl.store(state + slot, open_, mask=(place < count)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def put(table, jobs, numbers, values, count, OUT: tl.constexpr, BLOCK: tl.constexpr):
     """Listed words where they belong."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
