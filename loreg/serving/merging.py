@@ -1,7 +1,8 @@
 """All edits of a live model, or none; and all of them taken back.
 
-On a GPU what is a sum of LoRAs is launched for all weights together, in place, and the device waited for once
-(``algebra.launching``). The rest follows, an edit after the other or a thread each (``applying``).
+On a GPU what is a sum of LoRAs is launched for all weights together, in place, and the device waited for a few times,
+however many they are (``algebra.launching``). The rest follows, an edit after the other or a thread each
+(``applying``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Of a tensor that both change, rows are brought back to what the base has there, in the cache, and from that to what
 they are to be (``algebra.changing``). A row belongs to exactly one of the two merges at any time, so an error finds
-the way back by the same pass with the roles exchanged.
+the way back by the same pass with the roles exchanged. On a GPU it is a tile, in registers, and all tensors are one
+launch (``merging.Together``).
 """
 
 from __future__ import annotations
