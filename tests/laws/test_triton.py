@@ -23,7 +23,7 @@ from loreg.algebra.gpu import kernels
 
 assert kernels.COMPILED
 POINTERS = dict.fromkeys(("table", "counters"), "*i64") | dict.fromkeys(("reals", "sums"), "*fp64") | {"count": "i32"}
-POINTERS |= dict.fromkeys(("jobs", "numbers", "starts", "entries", "doubt_at", "doubt_entry"), "*i32")
+POINTERS |= dict.fromkeys(("jobs", "numbers", "starts", "entries", "doubt_at", "doubt_missed", "doubt_entry"), "*i32")
 STORED = ("doubt_was", "given", "values")
 
 def ptx(kernel, warps, registers, **constants):

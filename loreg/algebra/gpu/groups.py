@@ -18,8 +18,7 @@ from torch import Tensor
 
 from loreg.algebra.gpu import undo
 from loreg.algebra.gpu.lists import Lists, Open, Words, numbers, owners
-from loreg.algebra.gpu.undo import ELSEWHERE, LANES, Undo, moved, packed
-from loreg.algebra.passes import UNSURE
+from loreg.algebra.gpu.undo import ELSEWHERE, LANES, Undo, moved, packed, unpacked
 from loreg.algebra.rounding import bits
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class Group:
         with self._on():
             kernels.change[(len(self._owners),)](
                 self._table, self._reals, self._owners, self.todo, lists.counters, self._starts, self._marks,
-                lists.entries, lists.at, lists.was, lists.by, lists.entry,
+                lists.entries, lists.at, lists.was, lists.missed, lists.entry,
                 **self._dtypes(), SINGLE=job.fused.single, ALIGNED=job.kind[-1],
                 BACK=0 if job.back is None else job.back.rank, FORTH=0 if job.forth is None else job.forth.rank,
                 RESIDUAL=self.residual, ROWS=job.height, COLUMNS=undo.COLUMNS, num_warps=_WARPS,
@@ -225,7 +224,7 @@ class Group:
         """That, but for what it misses, is ``values`` (any float dtype)."""
         words = self.words
         _write(self._taken.values, open_, values, self.jobs[0].W.dtype)
-        by = torch.where(words.by == UNSURE, 0, words.by).long()
+        by = unpacked(words.missed[:, 0], words.missed[:, 1:])
         word, lane, missed = self._elsewhere()
         by[word, lane] = missed
         self._base = bits(moved(self._taken.values.view(self.jobs[0].W.dtype), by))
@@ -316,7 +315,7 @@ class Group:
         index, by = (torch.cat(parts) for parts in zip(*((one.index, one.by) for one in kept), strict=True))
         row, column = index // columns, index % columns
         words = self.words
-        here = (words.by[:, 0] == UNSURE).nonzero()[:, 0]
+        here = (words.missed[:, 0] == ELSEWHERE).nonzero()[:, 0]
         key, order = words.key[here].sort()
         wanted = (job << 32) + row * across + column // LANES
         place = torch.searchsorted(key, wanted).clamp(max=max(0, len(key) - 1))

@@ -25,7 +25,6 @@ from loreg.algebra.gpu.arithmetic import (
     screened,
     stored,
 )
-from loreg.algebra.passes import UNSURE
 
 FIELDS = tl.constexpr(23)
 FORWARD, BACKWARD, KEPT = tl.constexpr(12), tl.constexpr(16), tl.constexpr(20)
@@ -33,7 +32,6 @@ FORWARD, BACKWARD, KEPT = tl.constexpr(12), tl.constexpr(16), tl.constexpr(20)
 
 _LANES = tl.constexpr(undo.LANES)
 _NIBBLE, _CODED, _ELSEWHERE = tl.constexpr(undo.NIBBLE), tl.constexpr(undo.CODED), tl.constexpr(undo.ELSEWHERE)
-_UNSURE = tl.constexpr(UNSURE)
 
 
 @triton.jit
@@ -101,8 +99,8 @@ def _undoing(
 
 @triton.jit
 def _misses(at, place, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Of a tile that was edited before, what taking that back misses (``undo.Undo``): its integers, and which words
-    have theirs elsewhere."""
+    """Of a tile that was edited before, what taking that back misses (``undo.Undo``), and for each word the integers
+    that say so."""
     entries = tl.load(at + KEPT).to(tl.pointer_type(tl.int32))
     starts = tl.load(at + KEPT + 1).to(tl.pointer_type(tl.int32))
     marks = tl.load(at + KEPT + 2).to(tl.pointer_type(tl.int16))
@@ -114,11 +112,13 @@ def _misses(at, place, ROWS: tl.constexpr, WORDS: tl.constexpr):
     entry = tl.load(entries + slot, mask=here != 0, other=0)
     coded = entry < _CODED
     offset = entry - _ELSEWHERE
+    far = coded & (offset != 0)
+    low = tl.load(entries + offset, mask=far, other=0)
+    high = tl.load(entries + offset + 1, mask=far, other=0)
     lane = tl.arange(0, _LANES)[None, None]
-    bytes_ = entries.to(tl.pointer_type(tl.int8)) + (offset * 4)[:, :, None] + lane
-    far = tl.load(bytes_, mask=(coded & (offset != 0))[:, :, None], other=0)
+    four = tl.where(lane < 4, low[:, :, None], high[:, :, None])
     near = (tl.where(coded, 0, entry)[:, :, None] << (28 - 4 * lane)) >> 28
-    return near + far.to(tl.int32), coded & (offset == 0)
+    return near + ((four << (24 - 8 * (lane & 3))) >> 24), entry, low, high
 
 
 @triton.jit
@@ -127,14 +127,9 @@ def _keep(entries, slot, offset, by, undone, far, doubt):
     lane = tl.arange(0, _LANES)[None, None]
     entry = tl.sum((by & 15) << (4 * lane), 2)
     tl.store(entries + slot, tl.where(doubt, _ELSEWHERE, tl.where(far, _ELSEWHERE + offset, entry)), mask=undone)
-    bytes_ = entries.to(tl.pointer_type(tl.int8)) + 4 * offset[:, :, None] + lane
-    tl.store(bytes_, by.to(tl.int8), mask=far[:, :, None])
-
-
-@triton.jit
-def _list(to, slot, values, here):
-    """Words into a list that begins at ``to``."""
-    tl.store(to + slot[:, :, None] * _LANES + tl.arange(0, _LANES)[None, None], values, mask=here[:, :, None])
+    bytes_ = (by & 255) << (8 * (lane & 3))
+    tl.store(entries + offset, tl.sum(tl.where(lane < 4, bytes_, 0), 2), mask=far)
+    tl.store(entries + offset + 1, tl.sum(tl.where(lane < 4, 0, bytes_), 2), mask=far)
 
 
 @triton.jit
@@ -149,10 +144,11 @@ def _changed(
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, BACK: tl.constexpr,
     FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile what it is to be, lifted, and which words are in doubt; what taking it back misses, and which words
-    have that elsewhere; the residual, which words have one, and which one beyond a nibble."""
+    """Of a tile what it is to be, lifted, and which words are in doubt; the integers that say what taking each word back
+    misses; the residual, which words have one, and which one beyond a nibble."""
     high, none = tl.where(never, 0, -65536), whole & False
-    base, value, missed, by, doubt, elsewhere, undone, far = was, was, was, was, none, none, none, none
+    base, value, by, doubt, undone, far = was, was, was, none, none, none
+    entry, first, second = none.to(tl.int32), none.to(tl.int32), none.to(tl.int32)
     if BACK:
         _, predicted, open_, _ = _summed(
             was,
@@ -171,9 +167,9 @@ def _changed(
             COLUMNS,
             True,
         )
-        missed, elsewhere = _misses(at, place, ROWS, COLUMNS // _LANES)
+        missed, entry, first, second = _misses(at, place, ROWS, COLUMNS // _LANES)
         base = moved_by(predicted, missed, high, IN)
-        value, doubt = base, (open_ | elsewhere) & whole
+        value, doubt = base, (open_ | (entry == _ELSEWHERE)) & whole
     if FORTH:
         delta, value, open_, margin = _summed(
             base, at + FORWARD, i, panel, within, never, bound, high,
@@ -185,13 +181,13 @@ def _changed(
             doubt |= open_ & whole
             undone = (undone & whole) | doubt
             far &= undone & (doubt == 0)
-    return value, doubt, missed, elsewhere, by, undone, far
+    return value, doubt, entry, first, second, by, undone, far
 
 
 @triton.jit
 def change(
     table, reals, jobs, todo, counters, starts, marks, entries,
-    doubt_at, doubt_was, doubt_by, doubt_entry,
+    doubt_at, doubt_was, doubt_missed, doubt_entry,
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, CONVERTS: tl.constexpr,
     BACK: tl.constexpr, FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -222,13 +218,10 @@ def change(
         # A word that reaches beyond the last column is in doubt by what is there, as that has no sum.
         whole = (i < rows)[:, None] & (word * _LANES < columns)[None]
         was = lift(tl.load(source + (i.to(tl.int64) * step)[:, None, None] + j[None], mask=inside, other=0), IN)
-        value, doubt, missed, elsewhere, by, undone, far = _changed(
+        value, doubt, entry, low, high, by, undone, far = _changed(
             at, was, i, panel, place, within, whole, rows < 0, reals + 8 * job,
             IN, OUT, SINGLE, CONVERTS, BACK, FORTH, RESIDUAL, ROWS, COLUMNS,
         )  # fmt: skip
-        value = stored(value, OUT)
-        if BACK:
-            value = tl.where(doubt[:, :, None], stored(was, IN), value)
 
         # All counts in one number, so that one scan and one atomic make room in both lists: a tile has few words.
         both = (doubt.to(tl.int32) << 20) + (far.to(tl.int32) << 10) + undone.to(tl.int32)
@@ -249,10 +242,13 @@ def change(
             # A slot that a tile takes and cannot use holds nothing.
             number = tl.where(fits, i[:, None] * tl.cdiv(columns, _LANES) + word[None], -1)
             tl.store(doubt_at + first_doubt + slot, number, mask=listed)
-            _list(doubt_was + first_doubt * _LANES, slot, stored(was, IN), listed)
+            lanes = slot[:, :, None] * _LANES + tl.arange(0, _LANES)[None, None]
+            tl.store(doubt_was + first_doubt * _LANES + lanes, stored(was, IN), mask=listed[:, :, None])
             if BACK:
-                misses = tl.where(elsewhere[:, :, None], _UNSURE, missed).to(tl.int8)
-                _list(doubt_by + first_doubt * _LANES, slot, misses, listed)
+                misses = doubt_missed + first_doubt * 3 + slot * 3
+                tl.store(misses, entry, mask=listed)
+                tl.store(misses + 1, low, mask=listed)
+                tl.store(misses + 2, high, mask=listed)
             if RESIDUAL:
                 kept, offset = before & 1023, used + 2 * ((before >> 10) & 1023)
                 undone &= fits
@@ -262,7 +258,9 @@ def change(
                 tl.store(starts + tile, first, mask=fits)
                 mark = tl.sum(undone.to(tl.int32) << tl.arange(0, WORDS)[None], 1)
                 tl.store(marks + tile * ROWS + tl.arange(0, ROWS), mark.to(tl.int16), mask=fits)
-        tl.store(to + (i.to(tl.int64) * to_step)[:, None, None] + j[None], value, mask=inside & fits)
+        if BACK:
+            inside &= (doubt == 0)[:, :, None]
+        tl.store(to + (i.to(tl.int64) * to_step)[:, None, None] + j[None], stored(value, OUT), mask=inside & fits)
         tl.store(todo + tile, (fits == 0).to(tl.int8))
 
 

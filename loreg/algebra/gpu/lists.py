@@ -65,14 +65,14 @@ class Open(NamedTuple):
 class Words:
     """Words in doubt, job after job, on the device: (n), and of their elements (n, LANES).
 
-    ``at``: which of the job's, counted row by row; ``was``: what W was. ``by``: what taking that back misses,
-    UNSURE if that is not known here. ``entry``: where what undoes it is to be.
+    ``at``: which of the job's, counted row by row; ``was``: what W was. ``missed``
+    (n, 3): the integers that say what taking that back misses. ``entry``: where what undoes it is to be.
     """
 
     job: Tensor
     at: Tensor
     was: Tensor
-    by: Tensor
+    missed: Tensor
     entry: Tensor
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Words:
 
     @property
     def _all(self) -> tuple[Tensor, ...]:
-        return self.job, self.at, self.was, self.by, self.entry
+        return self.job, self.at, self.was, self.missed, self.entry
 
     @classmethod
     def joined(cls, runs: Sequence[Words]) -> Words:
@@ -117,7 +117,7 @@ class Lists:
 
         self.counters = torch.zeros(len(self.rooms[0]), dtype=torch.int64, device=device)
         self.at, self.was = empty(torch.int32, doubt), empty(word, doubt, LANES)
-        self.by = empty(torch.int8, doubt if back else 0, LANES)
+        self.missed = empty(torch.int32, doubt if back else 0, 3)
         self.entry = empty(torch.int32, doubt if entry else 0)
         self.entries = empty(torch.int32, entry)
         self.launched = False
@@ -148,7 +148,7 @@ class Lists:
         gaps = [base - before for base, before in zip(self.bases[0], accumulate([0, *sizes]), strict=False)]
         slot = torch.arange(len(job), device=device) + numbers(gaps, device)[job]
         slot, job = (x[self.at[slot] >= 0] for x in (slot, job))  # else of a tile that had no room
-        lists = self.at, self.was, self.by, self.entry
+        lists = self.at, self.was, self.missed, self.entry
         return Words(job.int(), *(x[slot] if len(x) else x for x in lists))
 
 

@@ -56,17 +56,16 @@ class Undo:
         counts = tile.bincount(minlength=len(self.starts))
         start = self.starts.long()[tile]
         entry = self.entries[start + torch.arange(len(tile), device=device) - (counts.cumsum(0) - counts)[tile]]
-        lane = torch.arange(LANES, dtype=torch.int32, device=device)
-        by = (entry[:, None] << (28 - 4 * lane)) >> 28
-        by[entry < CODED] = 0
-        far = (entry < CODED) & (entry != ELSEWHERE)
-        first = start[far] + entry[far] - ELSEWHERE
-        by[far] = self.entries.view(torch.int8)[4 * first[:, None] + lane].int()
+        far = torch.zeros(len(entry), 2, dtype=torch.int32, device=device)
+        here = (entry < CODED) & (entry != ELSEWHERE)
+        far[here] = self.entries[(start[here] + entry[here] - ELSEWHERE)[:, None] + torch.arange(2, device=device)]
+        by = unpacked(entry, far)
+        lane = torch.arange(LANES, device=device)
         across = -(-self.columns // COLUMNS)
         row += tile // across * height
         index = (row * self.columns + tile % across * COLUMNS + word * LANES)[:, None] + lane
         here = by != 0
-        return torch.cat([index[here], self.index]), torch.cat([by[here].long(), self.by])
+        return torch.cat([index[here], self.index]), torch.cat([by[here], self.by])
 
 
 def packed(words: Tensor, by: Tensor) -> Tensor:
@@ -77,6 +76,14 @@ def packed(words: Tensor, by: Tensor) -> Tensor:
     fits = ((by.abs() <= NIBBLE) & ((after < 0) == (after - by < 0))).all(1)
     entry = ((by & 15) << (4 * torch.arange(LANES, device=by.device))).sum(1)
     return torch.where(fits, (entry << 32) >> 32, ELSEWHERE).int()
+
+
+def unpacked(entry: Tensor, far: Tensor) -> Tensor:
+    """int64 (n, LANES), the residuals that words have by their entries, and by the two integers (n, 2) of those that
+    are not within a nibble, which are 0 else; 0 of what is ELSEWHERE."""
+    lane = torch.arange(LANES, dtype=torch.int32, device=entry.device)
+    near = (torch.where(entry < CODED, 0, entry)[:, None] << (28 - 4 * lane)) >> 28
+    return near.long() + far.contiguous().view(torch.int8)
 
 
 def moved(words: Tensor, by: Tensor) -> Tensor:
