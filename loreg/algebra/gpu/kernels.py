@@ -144,7 +144,7 @@ def _changed(
     IN: tl.constexpr, OUT: tl.constexpr, SINGLE: tl.constexpr, CONVERTS: tl.constexpr, BACK: tl.constexpr,
     FORTH: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile what it is to be, lifted, and which words are in doubt; the integers that say what taking each word back
+    """Of a tile what it is to be, lifted, and which words are in doubt; the integers that say what taking each back
     misses; the residual, which words have one, and which one beyond a nibble."""
     high, none = tl.where(never, 0, -65536), whole & False
     base, value, by, doubt, undone, far = was, was, was, none, none, none
