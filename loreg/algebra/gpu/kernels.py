@@ -208,7 +208,6 @@ def change(
             source, to = tl.multiple_of(source, 16), tl.multiple_of(to, 16)
             columns = tl.multiple_of(columns, 8)
             step, to_step = tl.multiple_of(step, 8), tl.multiple_of(to_step, 8)
-
         place, across = tile - tl.load(at + 6).to(tl.int32), tl.cdiv(columns, COLUMNS)
         i, panel = place // across * ROWS + tl.arange(0, ROWS), place % across
         word = panel * WORDS + tl.arange(0, WORDS)
@@ -251,8 +250,7 @@ def change(
                 tl.store(misses + 2, high, mask=listed)
             if RESIDUAL:
                 kept, offset = before & 1023, used + 2 * ((before >> 10) & 1023)
-                undone &= fits
-                _keep(entries + tl.load(at + 9) + first, kept, offset, by, undone, far & fits, doubt)
+                _keep(entries + tl.load(at + 9) + first, kept, offset, by, undone & fits, far & fits, doubt)
                 first = (first + tl.load(at + 11)).to(tl.int32)
                 tl.store(doubt_entry + first_doubt + slot, first + kept, mask=listed)
                 tl.store(starts + tile, first, mask=fits)
