@@ -206,6 +206,7 @@ def launch(works: Sequence[Work], *, residual: bool = False) -> Launched:
 
 def _pieces(work: Work) -> Iterator[_Piece]:
     ends = work.forth, work.back
+    assert (work.back is None) == (work.kept is None), "an edit is taken back by what it left"
     kept = () if work.kept is None else work.kept.parts
     if any(isinstance(end, Stacked) for end in ends):
         for index in range(len(work.W)):

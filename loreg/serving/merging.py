@@ -81,16 +81,16 @@ class Together:
         """Where this raises, it can be called again and goes on; or ``back`` can."""
         with self._turns():
             if self._over or any(editing.over for editing in self._new):
-                return  # by an error elsewhere, of which this thread does not know yet
+                return  # it is done; or an error elsewhere ended it, of which this thread does not know yet
             launched, works = self._start()
             found = launched.done()
-            _count_changes(self._all)
             for (_, new), work, kept in zip(self._pairs, works, found, strict=True):
                 if new is not None:
                     assert kept is not None  # with residuals
                     new.pieces.append(Piece(0, len(new.rows(work.W)), kept))
             for editing in self.old if self._for_good else ():
                 editing.pieces.clear()
+            self._over = True
             self._end()
 
     @torch.inference_mode()
@@ -102,6 +102,7 @@ class Together:
             if self._begun is not None:
                 self._check_places()
                 self._begun[0].back()
+                self._begun = None
             for editing in self._new:
                 editing.pieces.clear()
             self._end()
@@ -132,6 +133,7 @@ class Together:
                 editing.together = self
                 editing.over |= self._for_good
         self._check_places()
+        _count_changes(self._all)  # whatever becomes of them
         self._begun[0].start()
         return self._begun
 
@@ -161,7 +163,7 @@ class Together:
 
 def _edit(old: Editing | None, new: Editing | None) -> Edit:
     """Whose tensor it is."""
-    found = old if old is not None else new
+    found = new if new is not None else old
     assert found is not None
     return found.edit
 
@@ -170,8 +172,9 @@ def go_together(old: Sequence[Editing], new: Sequence[Editing]) -> bool:
     """Whether edits that share memory, of either side, are a pair that can be launched."""
     if len(old) > 1 or len(new) > 1 or not all(is_launched(each.edit) for each in (*old, *new)):
         return False
-    if any(one.whole is None or one.whole.device != one.edit.target.place.tensor.device for one in old):
-        return False
+    for one in old:
+        if one.together is not None or one.whole is None or one.whole.device != one.edit.target.place.tensor.device:
+            return False
     return all(
         one.edit.is_beside(other.edit) and _single(one.edit) == _single(other.edit) for one in old for other in new
     )

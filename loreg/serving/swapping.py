@@ -57,8 +57,13 @@ class Change:
             if begun:
                 merging.undo_here(begun, space)  # what an error left of them
                 again = [Editing(editing.edit, editing.ahead) for editing in begun]
-                merging.apply_here(again, self._ahead, space)
                 self.old = [editing for editing in self.old if not editing.over] + again
+                try:
+                    merging.apply_here(again, self._ahead, space)
+                except BaseException:
+                    for editing in again:
+                        editing.over = True  # so that what is applied of them is undone first, the next time
+                    raise
 
     @property
     def _in_one_pass(self) -> bool:
@@ -90,7 +95,7 @@ def swap(
     try:
         for device, here in changes.items():
             merging.run(device, threads, [partial(change.run, space) for change in here])
-        return done(new)
+        found = done(new)
     except BaseException:
         while True:
             try:
@@ -101,6 +106,9 @@ def swap(
                 continue
         kept([editing for here in changes.values() for change in here for editing in change.old])
         raise
+    for editing in old:
+        editing.pieces.clear()  # there is no way back to them any more
+    return found
 
 
 def _devices(*editings: Sequence[Editing]) -> list[torch.device]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from live_models import Bytes, bytes_of, module_of
 import loreg
 from loreg import serving
 from loreg.algebra import Dense, LowRank, WeightedSum, gpu, launching
+from loreg.algebra.changing import Space
 from loreg.algebra.edits import Prepared
 from loreg.algebra.gpu import groups
 from loreg.algebra.gpu.groups import Group
@@ -24,6 +26,7 @@ from loreg.algebra.rounding import bits
 from loreg.errors import BadInput, Conflict
 from loreg.serving import applying, merging, swapping
 from loreg.serving.live import prepare
+from loreg.serving.places import Place
 from tests import launched
 from tests.laws.triton_cases import _nothing_is_zero_by_luck, _on_the_cpu  # noqa: F401
 
@@ -216,6 +219,107 @@ def test_a_swap_from_some_tensors_to_others() -> None:
         old, kept = kept, []
     merging.unmerge(old, 1)
     assert unchanged(cases, base)
+
+
+def test_edits_that_do_not_go_together_are_swapped() -> None:
+    """Of another precision; of a stack and of one of its matrices, either way; and what was merged elsewhere."""
+    W, one = launched.case(17, 16, seed=1)
+    double = WeightedSum(tuple(LowRank(x.left.double(), x.right.double(), x.scale) for x in one.low_rank))
+    stack, all_ = launched.case(2, 5, 8, seed=2)
+    part = launched.case(5, 8, seed=3)[1]
+    of_stack, of_part = launched.edits({"stack": (stack, all_), "part": (stack[1], part)})
+    place = Place("part", stack, 1, (0, 5))
+    of_part = applying.Edit(
+        SimpleNamespace(name="part", place=place, edit=of_part.target.edit), of_part.combining, part
+    )
+    for old, new, base in (
+        (*(launched.edits({"tall": (W, edit)})[0] for edit in (one, double)), W),
+        (of_stack, of_part, stack), (of_part, of_stack, stack),
+    ):  # fmt: skip
+        before = base.clone()
+        first = merging.merge([old], 1, merging.Ahead(), list, lambda: None)
+        second = swapping.swap(first, [new], 1, merging.Ahead(), list, lambda _: None)
+        assert not any(editing.pieces for editing in first)
+        with by_torch():
+            expected = before.clone()
+            here = expected[1] if new is of_part else expected
+            assert new.plain is not None
+            here.copy_(new.plain.apply(here))
+        assert launched.same(base, expected)
+        merging.unmerge(second, 1)
+        assert launched.same(base, before)
+    with by_torch():  # as on a CPU, from where the model then goes to a GPU
+        first = merging.merge(launched.edits({"tall": (W, one)}), 1, merging.Ahead(), list, lambda: None)
+    before = W.clone()
+    second = swapping.swap(first, launched.edits({"tall": (W, one)}), 1, merging.Ahead(), list, lambda _: None)
+    assert launched.same(W, before) and second[0].whole is not None
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_swap_after_an_unmerge_that_was_interrupted() -> None:
+    cases = model_of("ties", "full")
+    base = copied(cases)
+    others = {name: (W, launched.case(*W.shape, seed=9)[1]) for name, (W, _) in cases.items()}
+    with failing(MemoryError, set()) as steps:
+        merging.unmerge(merged(cases), 1)
+    for step in range(0, steps[0], EVERY):
+        old, edits = merged(cases), launched.edits(others)
+        with failing(MemoryError, {step}), suppress(MemoryError):
+            merging.unmerge(old, 1)
+        new = swapping.swap(old, edits, 1, merging.Ahead(edits), list, lambda _: None)
+        for name, (W, edit) in others.items():
+            with by_torch():
+                assert launched.same(W, edit.apply(base[name])), (step, name)
+        merging.unmerge(new, 1)
+        assert unchanged(cases, base)
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_way_back_that_failed_goes_on_where_it_is_called_again() -> None:
+    """Of edits that do not go together, as the old one was merged by torch."""
+    W, one = launched.case(17, 16, seed=1)
+    edits = launched.edits({"one": (W, one)}), launched.edits({"other": (W, launched.case(17, 16, seed=9)[1])})
+    base, space, steps = W.clone(), Space(), 1
+    done = False
+    while not done:
+        with by_torch():
+            old = merging.merge(edits[0], 1, merging.Ahead(), list, lambda: None)
+        merged_ = W.clone()
+        change = swapping.Change(old, [applying.Editing(edits[1][0])], merging.Ahead())
+        change.run(space)
+        with failing(MemoryError, {steps}):
+            try:
+                change.back(space)
+                done = True
+            except MemoryError:
+                pass
+        change.back(space)
+        assert launched.same(W, merged_), steps
+        merging.unmerge(change.old, 1)
+        assert launched.same(W, base), steps
+        steps += 3
+    assert steps > 10
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_a_model_whose_way_back_failed_is_lost(registry: loreg.Registry, tmp_path: Path, at: int) -> None:
+    """And known to be: torch does not see what a kernel changes."""
+    base = tiny.write_model(tmp_path / "base", tiny.model(rows=6, cols=16))
+    registry.add_base(base, "base")
+    for seed, name in enumerate(("sql", "humor"), 1):
+        adapter = tiny.write_adapter(tmp_path / name, tiny.adapter(seed, rank=2, rows=6, cols=16))
+        registry.push(adapter, base="base", name=name)
+    model = module_of(tiny.tensors_in(base))
+    live = serving.attach(model, registry)
+    live.apply("sql")
+    before = bytes_of(model)
+    with failing(MemoryError, set(range(at, 5000))), pytest.raises(MemoryError):
+        live.swap("humor")
+    assert bytes_of(model) != before
+    with pytest.raises(Conflict, match="load the model again"), live.reading():
+        pass
+    with pytest.raises(Conflict, match="load the model again"):
+        live.swap("humor")
 
 
 # ---- all or nothing ----

@@ -184,6 +184,34 @@ def test_what_is_kept_in_each_way(dtype: torch.dtype) -> None:
     assert fresh is not None and is_merged(W, base, other, fresh)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(BF16, 7 * 2.0**-12), (DTYPES[1], 7 * 2.0**-15)], ids=str)
+def test_a_prediction_that_is_the_weight_with_the_other_sign(dtype: torch.dtype, size: float) -> None:
+    """It is apart by the least number that there is, which has no negative."""
+    base = torch.full((8, 32), size, dtype=dtype)
+    one = WeightedSum((LowRank(torch.full((8, 1), 1 + size), torch.ones(1, 32)),))
+    W = base.clone()
+    _, kept = merge(W, one)
+    assert is_merged(W, base, one, kept) and len(kept.corrections().wide) == W.numel()
+    swap(W, one, kept, None)
+    assert torch.equal(bits(W), bits(base))
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[1], F32], ids=str)
+def test_what_is_taken_back_is_in_doubt_by_its_own_bound(dtype: torch.dtype) -> None:
+    """Large products that cancel, but for what they leave of the sum that they come after; and then a small edit."""
+    base = torch.randn(8, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
+    random = torch.Generator().manual_seed(4)
+    y, x = (torch.randn(8, 1, generator=random) for _ in range(2))
+    right = torch.randn(2, 40, generator=random)
+    right[1] *= 2.0**20
+    left = torch.cat([y / 8, x * 2.0**20, -x * 2.0**20], dim=1)
+    old = WeightedSum((LowRank(left, right[[0, 1, 1]]),))
+    W, new = base.clone(), edit(base, 5, 1, 2.0**-12)
+    _, kept = merge(W, old)
+    _, fresh = swap(W, old, kept, new)
+    assert fresh is not None and is_merged(W, base, new, fresh)
+
+
 def test_a_swap_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = list[tuple[int, int]]()
     change = kernels.change

@@ -160,6 +160,22 @@ def test_ties_and_all_but_ties_of_several_terms(dtype: torch.dtype, scale: float
 
 
 @compiled
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_midpoints_below_a_power_of_two(width: int, sign: int) -> None:
+    """They are a quarter of a step away, and float32 off by more than that, as large numbers cancel."""
+    if width > native.vector_bytes:
+        pytest.skip(f"this processor's vectors have {native.vector_bytes} bytes")
+    left, right = torch.full((8, 20), -sign * (1 - 2.0**-10) * 2.0**-7), torch.full((20, 64), 2.0**-6)
+    left[:, 0], right[0] = sign * 2049.0, 1.0
+    W, edit = torch.full((8, 64), -sign * 2048.0, dtype=torch.bfloat16), WeightedSum((LowRank(left, right),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "vector_bytes", width)
+        merged = edit.apply(W)
+    assert merged.eq(sign * 0.99609375).all() and torch.equal(merged, _by_torch(lambda: edit.apply(W)))
+
+
+@compiled
 @settings(max_examples=40, deadline=None)
 @given(size=st.floats(-30, 3), seed=st.integers(0, 2**32), rank=st.integers(1, 24), zeros=st.booleans())
 def test_a_delta_of_any_size_beside_the_weight(size: float, seed: int, rank: int, zeros: bool) -> None:

@@ -189,6 +189,16 @@ def test_midpoints_of_bfloat16_on_the_other_side_of_what_float32_sums_to() -> No
     assert merged[0, 0].item() == (1 + 2.0**-7 if lost > 0 else 1.0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_midpoints_below_a_power_of_two(sign: int) -> None:
+    """They are a quarter of a step away, and float32 off by more than that, as large numbers cancel."""
+    left, right = torch.full((8, 20), -sign * (1 - 2.0**-10) * 2.0**-7), torch.full((20, 32), 2.0**-6)
+    left[:, 0], right[0] = sign * 2049.0, 1.0
+    edit = WeightedSum((LowRank(left, right),))
+    merged = check(torch.full((8, 32), -sign * 2048.0, dtype=BF16), edit, BF16)
+    assert merged[0, 0].item() == sign * 0.99609375
+
+
 @every_dtype
 def test_signs_of_zeros(dtype: torch.dtype) -> None:
     W = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=dtype).repeat(4, 2)

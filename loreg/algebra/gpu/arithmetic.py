@@ -81,13 +81,16 @@ def near_midpoint(x, margin, high):
     """Words of float32 that are off by ``margin`` and their own rounding at most: whether in one there is any that
     may lie on the other side of the midpoint of its neighbours in bfloat16, or is beyond the largest, or no number.
 
-    By minima and maxima, since a comparison for each element takes more instructions. ``high``: -65536, which is not
-    to be known when this is compiled: two constants in one expression are two instructions."""
-    u = x.to(tl.int32, bitcast=True)
+    It asks for the midpoint above alone. Above a power of two the one below is a quarter of a step away, which is
+    2^-10 of the number at least: what may be off by so much is in doubt. By minima and maxima, since a comparison for
+    each element takes more instructions. ``high``: -65536, which is not to be known when this is compiled: two
+    constants in one expression are two instructions."""
+    u, size = x.to(tl.int32, bitcast=True), tl.abs(x)
     middle = ((u & high) | 0x8000).to(tl.float32, bitcast=True)
-    largest = tl.reduce(tl.abs(x), 2, _larger)
+    least, largest = tl.min(size, 2), tl.reduce(size, 2, _larger)
     error = margin + largest * 5.960464477539063e-08  # 2^-24
-    return (tl.min(tl.abs(x - middle), 2) <= error) | ((largest < 3.3895313892515355e38) == 0)
+    near = (tl.min(tl.abs(x - middle), 2) <= error) | (least <= 1025 * margin)
+    return near | ((largest < 3.3895313892515355e38) == 0)
 
 
 @triton.jit

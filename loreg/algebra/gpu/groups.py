@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ROWS = {True: 64, False: 32}
 """Of a tile, where little is kept of each weight, and else: 32 or 16 weights a thread."""
-_WARPS, _REGISTERS = 8, 128  # two blocks to a multiprocessor of sm_90, with next to no spills in single precision
+_WARPS = 8
+_REGISTERS = {False: 128, True: 255}
+"""Of a thread: two blocks to a multiprocessor of sm_90, with next to no spills; one of a swap in double precision."""
 _SETTLED = 16  # words of one block that settles them, and of one that puts them where they belong
 _PUT = 64
 _LEAST = 4096  # words for which there is room
@@ -186,7 +188,7 @@ class Group:
                 **self._dtypes(), SINGLE=job.fused.single, ALIGNED=job.kind[-1],
                 BACK=0 if job.back is None else job.back.rank, FORTH=0 if job.forth is None else job.forth.rank,
                 RESIDUAL=self.residual, ROWS=job.height, COLUMNS=undo.COLUMNS, num_warps=_WARPS,
-                maxnreg=_REGISTERS,
+                maxnreg=_REGISTERS[not job.fused.single and self.back and self.forth],
             )  # fmt: skip
         lists.launched = True
 
@@ -199,7 +201,7 @@ class Group:
 
     @property
     def began(self) -> bool:
-        return any(lists.launched for lists in self._runs)
+        return bool(self._runs)
 
     @cached_property
     def words(self) -> Words:
@@ -327,10 +329,10 @@ class Group:
 
     def undo(self, open_: Open, by: Tensor) -> list[Undo]:
         """Of each job, when all is decided; the residual of these unsure elements is ``by`` (int64)."""
-        words, dtype = self.words, self.jobs[0].W.dtype
+        words = self.words
         late = self._applied.late.long()
         late.view(-1)[open_.slot.to(self._device)] = by.to(self._device)
-        entry = packed(self._given.view(dtype), late)
+        entry = packed(late)
         entries, bases = self._entries()
         entries[numbers(bases, self._device)[words.job.long()] + words.entry] = entry
         word, lane = ((entry == ELSEWHERE)[:, None] & (late != 0)).nonzero().unbind(1)

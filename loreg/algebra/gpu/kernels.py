@@ -92,9 +92,11 @@ def _undoing(
         some, _ = screened(back, tl.load(bound + 2), tl.load(bound + 3), IN)
         doubt = tl.max(some.to(tl.int32), 2) != 0
     apart = distance(base, predicted, IN)
-    size = tl.maximum(tl.max(apart, 2), -tl.min(apart, 2))
+    # Each on its own: the least has no negative if it is the prediction of another sign.
+    most, least = tl.max(apart, 2), tl.min(apart, 2)
     one: tl.constexpr = 1 if IN == F32 else 65536
-    return in_steps(apart, base, IN), size != 0, size > _NIBBLE * one, doubt | (size > 127 * one)
+    far, beyond = (most > _NIBBLE * one) | (least < -_NIBBLE * one), (most > 127 * one) | (least < -127 * one)
+    return in_steps(apart, base, IN), (most != 0) | (least != 0), far, doubt | beyond
 
 
 @triton.jit

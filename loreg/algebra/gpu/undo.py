@@ -68,14 +68,12 @@ class Undo:
         return torch.cat([index[here], self.index]), torch.cat([by[here], self.by])
 
 
-def packed(words: Tensor, by: Tensor) -> Tensor:
-    """int32 (n), entries of ``words`` (n, LANES, a storage dtype) that have the residuals ``by`` (int64, same shape).
-
-    ELSEWHERE where one is beyond a nibble, or leads from one sign to the other, which the kernels do not count by."""
-    after = ordered(words)
-    fits = ((by.abs() <= NIBBLE) & ((after < 0) == (after - by < 0))).all(1)
+def packed(by: Tensor) -> Tensor:
+    """int32 (n), entries of words that have the residuals ``by`` (int64, (n, LANES)): ELSEWHERE where one is beyond a
+    nibble. Residuals that lead from one sign to the other are of words in doubt when they are taken back, which no
+    kernel counts on."""
     entry = ((by & 15) << (4 * torch.arange(LANES, device=by.device))).sum(1)
-    return torch.where(fits, (entry << 32) >> 32, ELSEWHERE).int()
+    return torch.where((by.abs() <= NIBBLE).all(1), (entry << 32) >> 32, ELSEWHERE).int()
 
 
 def unpacked(entry: Tensor, far: Tensor) -> Tensor:

@@ -331,14 +331,35 @@ INLINE int any_of(words x)
 #endif
 }
 
-/* Which numbers, off by `margin` and their own rounding at most, may lie on the other side of the midpoint of their
- * neighbours in bfloat16, or beyond the largest one. What is no number does. */
-INLINE words are_near(singles x, singles margin)
+INLINE words smaller(words x, words y)
+{
+#if LOREG_BYTES == 64
+    return (words)_mm512_min_epu32((__m512i)x, (__m512i)y);
+#elif LOREG_BYTES == 32
+    return (words)_mm256_min_epu32((__m256i)x, (__m256i)y);
+#else
+    words less = (words)(x < y);
+    return (x & less) | (y & ~less);
+#endif
+}
+
+/* Which numbers, off by `margin` and their own rounding at most, may lie on the other side of the midpoint above them of
+ * their neighbours in bfloat16, or beyond the largest one. What is no number does. */
+INLINE words are_below(singles x, singles margin)
 {
     words u = (words)x;
     singles from = x - (singles)((u & 0xffff0000u) | 0x8000u), size = (singles)(u & 0x7fffffffu);
     from = (singles)((words)from & 0x7fffffffu);
     return ~(words)(from > size * 0x1.01p-24f + margin) | (words)(size >= 0x1.fep127f);
+}
+
+/* Which may be off by as much as the midpoint below is away: above a power of two a quarter of a step, which is 2^-10 of
+ * the number at least. */
+INLINE words are_small(words size, singles margin) { return ~(words)((singles)size > margin * 1025); }
+
+INLINE words are_near(singles x, singles margin)
+{
+    return are_below(x, margin) | are_small((words)x & 0x7fffffffu, margin);
 }
 
 /* GCC before 15 takes several instructions for each of the conversions where AVX2 has one. */
@@ -393,7 +414,7 @@ INLINE void end_in_single(struct task *t, int looks_back, int64_t i, int64_t j, 
     uint16_t rounded[STRIP], last[STRIP], open[STRIP / SINGLES];
     int8_t by[STRIP];
     const uint16_t *W = (const uint16_t *)t->W + at;
-    words any = {0};
+    words any = {0}, least = any + 0x7fffffffu;
     singles margin = (singles)any + t->margin[i];
     if (n % PANEL) { /* what is read beyond the row is an even number */
         for (int64_t k = 0; k < STRIP; k++) last[k] = 0x4000;
@@ -407,7 +428,8 @@ INLINE void end_in_single(struct task *t, int looks_back, int64_t i, int64_t j, 
             words were = widened(W + here);
             singles x = (singles)were + *(const singles *)(delta + here);
             up[v] = (words)x + 0x8000u;
-            any |= are_near(x, margin);
+            any |= are_below(x, margin);
+            least = smaller(least, (words)x & 0x7fffffffu);
             if (looks_back) open[count] = (uint16_t)here, count += any_of((words)is_open(were, up[v]));
         }
         store_high(rounded + k, up[0], up[1]);
@@ -424,6 +446,7 @@ INLINE void end_in_single(struct task *t, int looks_back, int64_t i, int64_t j, 
         store_small(by + k, ((off & ~unknown) | (unknown & UNSURE)) & at_all);
     }
     if (looks_back) copy((char *)t->small + at, (const char *)by, n);
+    any |= are_small(least, margin);
     if (__builtin_expect(any_of(any), 0)) {
         uint8_t flags[STRIP + 8] = {0};
         uint32_t doubts[STRIP];
