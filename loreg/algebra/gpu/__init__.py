@@ -16,7 +16,7 @@ none leaves W as it is and only says what it needs, and is done by a launch that
 
 *A swap is one pass.* A tile is taken back in registers, by the integers that its last edit left (``undo``), and the
 next edit applied to what is then there: W is read once and written once. The same kernel only takes back, or only
-applies. No GPU was there to measure that. What it compiles to for an H100 is 128 instructions a weight at rank 16,
+applies. No GPU was there to measure that. What it compiles to for an H100 is 130 instructions a weight at rank 16,
 of which 39 are the two deltas; as two launches it was 118, and some ten passes of torch over what they had listed.
 The time of a copy has room for 39: so instructions limit it, and not bytes. Deltas by float64 tensor cores, which
 round as IEEE says, came to 178: what they leave in a thread are no words, and all that follows has to be gathered.
