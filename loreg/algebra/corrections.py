@@ -24,7 +24,7 @@ class Corrections:
 
     ``by`` (int8) at the places ``index`` of W's elements in a row, each once (int32 where W has fewer than 2³¹, else
     int64); and beyond a byte ``wide`` (int64) at ``wide_index`` (int64). Places are counted from ``start``, and
-    ascend on a CPU.
+    ascend.
     """
 
     index: Tensor
@@ -62,13 +62,10 @@ class Corrections:
         if self.index.device == device:
             return self
         index, by, wide_index, wide = (x.to(device) for x in self.tensors)
-        if device.type == "cpu":
-            (index, order), (wide_index, wide_order) = index.sort(), wide_index.sort()
-            by, wide = by[order], wide[wide_order]
         return Corrections(index, by, wide_index, wide, self.start)
 
     def before(self, elements: int) -> Corrections:
-        """Of the first ``elements`` of these, which are on the CPU. Shares their memory."""
+        """Of the first ``elements`` of these. Shares their memory."""
         near, far = self._below(elements)
         return Corrections(self.index[:near], self.by[:near], self.wide_index[:far], self.wide[:far], self.start)
 
