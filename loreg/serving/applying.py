@@ -148,9 +148,11 @@ class Editing:
 
     @torch.inference_mode()
     def undo(self, space: Space) -> None:
-        """May be called again where it was interrupted."""
+        """May be called again where it was interrupted. Not of what has begun with others."""
         with self.turn:
             self.over = True
+            if self.together is not None:
+                return
             weight = self.edit.target.place.weight
             predicts = any(isinstance(piece.kept, Corrections | Undone) for piece in self.pieces)
             back = self._prepared(weight, space.first, back=True) if predicts else None

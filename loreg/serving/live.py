@@ -146,6 +146,7 @@ class Ready:
                     _same_as(tensor, merged.before[name])
             merged.undone = True
             told(found)
+            merged.editings = ()  # nor what undid it is needed any more
             return found
 
         return swapping.swap(merged.editings, self.edits, self.threads, self.ahead, done, kept)

@@ -82,6 +82,8 @@ class Together:
         with self._turns():
             if self._over or any(editing.over for editing in self._new):
                 return  # it is done; or an error elsewhere ended it, of which this thread does not know yet
+            if any(editing.together not in (None, self) for editing in self._all):
+                return  # others began while this was made: who asked for it has to look again
             launched, works = self._start()
             found = launched.done()
             for (_, new), work, kept in zip(self._pairs, works, found, strict=True):
@@ -101,6 +103,7 @@ class Together:
             self._over = True
             if self._begun is not None:
                 self._check_places()
+                _count_changes(self._all)
                 self._begun[0].back()
                 self._begun = None
             for editing in self._new:
@@ -126,12 +129,14 @@ class Together:
             yield
 
     def _start(self) -> tuple[Launched, list[Work]]:
+        for editing in self._all:
+            editing.together = self
+            editing.over |= self._for_good
         if self._begun is None:
+            if self._for_good:  # others may have taken some back since
+                self._pairs = [pair for pair in self._pairs if pair[0] is not None and pair[0].whole is not None]
             works = [self._work(*pair) for pair in self._pairs]
             self._begun = Launched(works, residual=True), works
-            for editing in self._all:
-                editing.together = self
-                editing.over |= self._for_good
         self._check_places()
         _count_changes(self._all)  # whatever becomes of them
         self._begun[0].start()
@@ -235,13 +240,16 @@ def unmerge(editings: Sequence[Editing], threads: int | None) -> None:
 
 def _undoing(editings: Sequence[Editing], space: Space) -> Iterator[list[Callable[[], None]]]:
     """What takes back edits of one device; each stage when those before it are done."""
-    begun = {id(one.together): one.together for one in editings if one.together is not None}
-    if begun:
-        yield [partial(together.settle, space) for together in begun.values()]
-    whole = [one for one in editings if go_together([one], [])]
-    if whole:
-        yield [partial(Together([(one, None) for one in whole], for_good=True).run, space)]
-    yield [partial(editing.undo, space) for editing in editings]
+    while True:
+        begun = {id(one.together): one.together for one in editings if one.together is not None}
+        if begun:
+            yield [partial(together.settle, space) for together in begun.values()]
+        whole = [one for one in editings if go_together([one], [])]
+        if whole:
+            yield [partial(Together([(one, None) for one in whole], for_good=True).run, space)]
+        yield [partial(editing.undo, space) for editing in editings]
+        if all(one.together is None for one in editings):  # or else a thread that was not yet known of began
+            return
 
 
 def apply_here(editings: Sequence[Editing], ahead: Ahead, space: Space) -> None:

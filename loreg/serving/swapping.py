@@ -95,7 +95,7 @@ def swap(
     try:
         for device, here in changes.items():
             merging.run(device, threads, [partial(change.run, space) for change in here])
-        found = done(new)
+        return done(new)
     except BaseException:
         while True:
             try:
@@ -106,9 +106,6 @@ def swap(
                 continue
         kept([editing for here in changes.values() for change in here for editing in change.old])
         raise
-    for editing in old:
-        editing.pieces.clear()  # there is no way back to them any more
-    return found
 
 
 def _devices(*editings: Sequence[Editing]) -> list[torch.device]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,7 +243,6 @@ def test_edits_that_do_not_go_together_are_swapped() -> None:
         before = base.clone()
         first = merging.merge([old], 1, merging.Ahead(), list, lambda: None)
         second = swapping.swap(first, [new], 1, merging.Ahead(), list, lambda _: None)
-        assert not any(editing.pieces for editing in first)
         with by_torch():
             expected = before.clone()
             here = expected[1] if new is of_part else expected
@@ -299,6 +302,48 @@ def test_a_way_back_that_failed_goes_on_where_it_is_called_again() -> None:
         assert launched.same(W, base), steps
         steps += 3
     assert steps > 10
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("way", ["merge", "unmerge"])
+def test_what_begins_while_another_prepares(way: str, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a second Ctrl-C no longer waits for a thread: what takes all back sees what that thread then does."""
+    cases = model_of("tall", "full")
+    base, edits = copied(cases), launched.edits(cases)
+    prepare_, put = merging.Together._work, Group.put
+    inside, go = threading.Event(), threading.Event()
+
+    def slowly(*given: Any) -> Any:
+        inside.set()
+        go.wait()
+        return prepare_(*given)
+
+    def failing_once(group: Group) -> None:
+        monkeypatch.setattr(Group, "put", put)
+        raise MemoryError
+
+    if way == "merge":
+        editings = [applying.Editing(edit) for edit in edits]
+        first: Callable[[], None] = partial(
+            merging.Together([(None, one) for one in editings], merging.Ahead()).run, Space()
+        )
+    else:
+        editings = merging.merge(edits, 1, merging.Ahead(), list, lambda: None)
+        first = partial(merging.unmerge, editings, 1)
+    monkeypatch.setattr(merging.Together, "_work", slowly)
+    if fails:
+        monkeypatch.setattr(Group, "put", failing_once)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        inside.wait()
+        other = pool.submit(merging.unmerge, editings, 1)
+        time.sleep(0.2)
+        go.set()
+        assert isinstance(one.exception(), MemoryError if fails else type(None))
+        other.result()
+    assert unchanged(cases, base)
+    merging.unmerge(editings, 1)
+    assert unchanged(cases, base)
 
 
 @pytest.mark.parametrize("at", [4, 8])
