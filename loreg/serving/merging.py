@@ -82,8 +82,12 @@ class Together:
         with self._turns():
             if self._over or any(editing.over for editing in self._new):
                 return  # it is done; or an error elsewhere ended it, of which this thread does not know yet
-            if any(editing.together not in (None, self) for editing in self._all):
-                return  # others began while this was made: who asked for it has to look again
+            others = [editing for editing in self._all if editing.together not in (None, self)]
+            if others and self._for_good:
+                return  # they began while this was made: who asked for it looks again
+            if others:
+                name = others[0].edit.target.place.name
+                raise Conflict(f"{name!r} is being changed by another thread: let that end, and do this again.")
             launched, works = self._start()
             found = launched.done()
             for (_, new), work, kept in zip(self._pairs, works, found, strict=True):
