@@ -5,7 +5,7 @@ A group says what is open, is told what it is, and writes that; nothing of it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -298,22 +298,21 @@ class Group:
         hits = settled.state.nonzero()
         word, lane = hits.unbind(1)
         job, at = words.job[word].long(), words.at[word].long()
-        across, first = (
-            numbers(x, self._device)[job]
-            for x in ([one.across for one in self.jobs], [one.first for one in self.jobs])
-        )
+        across, first = self._of(job, lambda one: one.across), self._of(job, lambda one: one.first)
         W = given.view(self.jobs[0].W.dtype)[word, lane]
         columns = at % across * LANES + lane
         sums, state = settled.sums[word, lane], settled.state[word, lane]
         return Open(job, word * LANES + lane, at // across + first, columns, sums, W, state)
 
+    def _of(self, job: Tensor, what: Callable[[Job], int]) -> Tensor:
+        """int64, the shape of ``job``: of each what there is of it."""
+        return numbers([what(one) for one in self.jobs], self._device)[job]
+
     def _elsewhere(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of words that say so: which, in which of their elements, what is missed."""
         kept = [job.kept for job in self.jobs if job.kept is not None]
         job = owners([len(one.index) for one in kept], self._device)
-        columns, across = (
-            numbers(x, self._device)[job] for x in ([one.columns for one in kept], [one.across for one in self.jobs])
-        )
+        columns, across = self._of(job, lambda one: one.W.shape[1]), self._of(job, lambda one: one.across)
         index, by = (torch.cat(parts) for parts in zip(*((one.index, one.by) for one in kept), strict=True))
         row, column = index // columns, index % columns
         words = self.words
@@ -337,10 +336,7 @@ class Group:
         entries[numbers(bases, self._device)[words.job.long()] + words.entry] = entry
         word, lane = ((entry == ELSEWHERE)[:, None] & (late != 0)).nonzero().unbind(1)
         job, at = words.job[word].long(), words.at[word].long()
-        across, columns = (
-            numbers(x, self._device)[job]
-            for x in ([one.across for one in self.jobs], [one.W.shape[1] for one in self.jobs])
-        )
+        across, columns = self._of(job, lambda one: one.across), self._of(job, lambda one: one.W.shape[1])
         index = at // across * columns + at % across * LANES + lane
         sizes: list[int] = job.bincount(minlength=len(self.jobs)).tolist()
         return list(self._undos(entries, bases, torch.split(index, sizes), torch.split(late[word, lane], sizes)))

@@ -65,8 +65,8 @@ class Open(NamedTuple):
 class Words:
     """Words in doubt, job after job, on the device: (n), and of their elements (n, LANES).
 
-    ``at``: which of the job's, counted row by row; ``was``: what W was. ``missed``
-    (n, 3): the integers that say what taking that back misses. ``entry``: where what undoes it is to be.
+    ``at``: which of the job's, counted row by row; ``was``: what W was; ``missed`` (n, 3): the integers
+    that say what taking that back misses. ``entry``: where what undoes it is to be.
     """
 
     job: Tensor

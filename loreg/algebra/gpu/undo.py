@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loreg.algebra.rounding import bits, from_ordered, ordered
+from loreg.algebra.rounding import from_ordered, ordered
 
 LANES = 8
 """Elements of a word: neighbours of one row, which one thread loads at once."""
@@ -86,4 +86,4 @@ def unpacked(entry: Tensor, far: Tensor) -> Tensor:
 
 def moved(words: Tensor, by: Tensor) -> Tensor:
     """``words`` (a storage dtype), each as many storage values on as ``by`` says."""
-    return bits(from_ordered(ordered(words) + by, words.dtype)).view(words.dtype)
+    return from_ordered(ordered(words) + by, words.dtype)
